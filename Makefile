@@ -1,0 +1,69 @@
+# Each target makes what it needs in .venv and needs nothing else installed but Python and a C++ compiler.
+# A second run redoes only what changed: the pins, the package's metadata, or the sources of the extension.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PINS := $(wildcard requirements/*.txt)
+NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+
+# Here the kernels are the point: an install without them is a failure.
+export LONGATTN_REQUIRE_NATIVE := 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench sanitize build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/demo.stamp $(VENV)/package.stamp build ## train a small model on real text and extend its context
+	$(VENV)/bin/longattn demo
+
+test: $(VENV)/test.stamp $(VENV)/package.stamp build ## run the tests
+	$(PY) -m pytest tests -q
+
+lint: $(VENV)/lint.stamp ## check style, types and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+
+bench: $(VENV)/demo.stamp $(VENV)/package.stamp build ## measure speed and memory against torch
+	$(VENV)/bin/longattn bench
+
+# The package with an instrumented extension, in a folder of its own. Python itself is not instrumented, so the
+# sanitizer's runtime is loaded before it, and libstdc++ with it: the runtime looks up the C++ exception functions once,
+# at the start. LeakSanitizer is off because the interpreter and torch keep memory until the process ends.
+SANITIZED := build/sanitize/lib
+sanitize: export LONGATTN_SANITIZE := address,undefined
+sanitize: export CXX := g++
+sanitize: $(VENV)/test.stamp ## run the tests of the C++ core under ASan and UBSan (needs g++)
+	rm -rf $(SANITIZED)
+	$(PY) setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
+	cd $(SANITIZED) && env \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
+	  $(CURDIR)/$(PY) -m pytest $(CURDIR)/tests -c $(CURDIR)/pyproject.toml -q -m native --capture=sys
+
+build: $(VENV)/build.stamp ## compile what changed of the extension, in place
+	$(PY) setup.py --quiet build_ext --inplace
+
+clean: ## remove everything that was built; .venv stays
+	rm -rf build dist longattn.egg-info longattn/_build.json longattn/_C*.so
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find longattn tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "the pinned requirements need Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/%.stamp: $(PINS) | $(PY)
+	$(PY) -m pip install --quiet --requirement requirements/$*.txt
+	@touch $@
+
+$(VENV)/package.stamp: pyproject.toml setup.py longattn/_version.py | build
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@

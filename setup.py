@@ -1,0 +1,221 @@
+"""Builds ``longattn._C``, the CPU kernels, with a C++17 compiler and pybind11 alone: torch is not needed.
+
+Each file of csrc/cpu/targets is one instruction set and is compiled with the flags of that set; no other object sees
+them, and the library picks among the sets at run time. With ninja only what changed is rebuilt; without it everything
+is compiled, a few files at a time.
+
+Where the kernels cannot be built the package installs all the same and runs on the reference backend;
+longattn/_build.json then says why (longattn/_build_info.py reads it). The environment may set
+
+    CXX, CXXFLAGS, LDFLAGS        as for any C++ project
+    LONGATTN_REQUIRE_NATIVE=1     fail instead of installing without the kernels
+    LONGATTN_WERROR=1             warnings are errors
+    LONGATTN_DEBUG=1              no optimisation that hides variables, debug symbols
+    LONGATTN_SANITIZE=LIST        instrument for these sanitizers, such as address,undefined
+    MAX_JOBS                      compilers to run at once
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+CSRC = Path("csrc")
+
+# Machine -> instruction sets, each with the flags that its one file in csrc/cpu/targets is compiled with.
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2)
+TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {"baseline": (), "avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")},
+    "aarch64": {"baseline": (), "neon": ()},
+}
+PORTABLE: dict[str, tuple[str, ...]] = {"baseline": ()}
+
+# Nothing reads errno or the floating-point exception flags; infinities and NaN keep their meaning (no -ffast-math).
+COMMON = (
+    *("-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    *("-Wall", "-Wextra"),
+)
+
+
+class NativeBuildError(Exception):
+    """Why the kernels cannot be built, in one line."""
+
+
+def switch(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def run(command: list[str]) -> str:
+    """The command's output; NativeBuildError, after showing all of it, if the command fails."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise NativeBuildError(f"{command[0]}: {error.strerror}") from error
+    if done.returncode:
+        sys.stderr.write(done.stdout)
+        lines = done.stdout.splitlines() or [f"exit status {done.returncode}"]
+        raise NativeBuildError(next((line for line in lines if re.search(r"\berror\b", line)), lines[-1]))
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """The C++ compiler and the flags of this kind of build."""
+
+    cxx: list[str]
+    version: str
+    mode: str  # release, debug, or the sanitizers
+    flags: list[str]
+
+    @classmethod
+    def find(cls) -> Toolchain:
+        named = os.environ.get("CXX")
+        candidates = [named] if named else [sysconfig.get_config_var("CXX") or "c++", "c++", "g++", "clang++"]
+        cxx = next((words for words in map(shlex.split, candidates) if words and shutil.which(words[0])), None)
+        if cxx is None:
+            raise NativeBuildError(f"no C++ compiler found (looked for {', '.join(dict.fromkeys(candidates))})")
+        version = run([*cxx, "--version"]).splitlines()[0]
+
+        sanitizers = os.environ.get("LONGATTN_SANITIZE", "")
+        if sanitizers:
+            mode = sanitizers
+            kind = ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+        elif switch("LONGATTN_DEBUG"):
+            mode, kind = "debug", ["-Og", "-g"]
+        else:
+            mode, kind = "release", ["-O3", "-DNDEBUG"]
+        if switch("LONGATTN_WERROR"):
+            kind.append("-Werror")
+        return cls(cxx, version, mode, [*COMMON, *kind, *shlex.split(os.environ.get("CXXFLAGS", ""))])
+
+    def accepts(self, flags: tuple[str, ...]) -> bool:
+        probe = [*self.cxx, *flags, "-Werror", "-x", "c++", "-fsyntax-only", os.devnull]
+        return subprocess.run(probe, capture_output=True).returncode == 0
+
+    def compile(self, source: Path, extra: list[str], obj: Path) -> list[str]:
+        return [*self.cxx, *self.flags, *extra, "-MMD", "-MF", f"{obj}.d", "-c", str(source), "-o", str(obj)]
+
+    def link(self, objects: list[Path], library: Path) -> list[str]:
+        kind = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        tail = shlex.split(os.environ.get("LDFLAGS", ""))
+        return [*self.cxx, *self.flags, *kind, *map(str, objects), "-o", str(library), *tail]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command that makes ``output`` from ``inputs``."""
+
+    rule: str  # compile or link
+    inputs: list[Path]
+    output: Path
+    command: list[str]
+
+
+def carry_out(steps: list[Step], directory: Path) -> None:
+    """Runs the compile steps, then the link step."""
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    for step in steps:
+        step.output.parent.mkdir(parents=True, exist_ok=True)
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if ninja:
+        plan = directory / "build.ninja"
+        plan.write_text(ninja_file(steps, directory))
+        run([ninja, "-f", str(plan), "-j", str(jobs)])
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, [step.command for step in steps if step.rule == "compile"]))
+    for step in steps:
+        if step.rule == "link":
+            run(step.command)
+
+
+def ninja_file(steps: list[Step], directory: Path) -> str:
+    def path(name: Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(name))
+
+    lines = [
+        f"builddir = {path(directory)}",
+        *("rule compile", "  command = $run", "  depfile = $out.d", "  deps = gcc"),
+        *("rule link", "  command = $run"),
+    ]
+    for step in steps:
+        lines.append(f"build {path(step.output)}: {step.rule} {' '.join(map(path, step.inputs))}")
+        lines.append(f"  run = {shlex.join(step.command).replace('$', '$$')}")
+    return "\n".join(lines) + "\n"
+
+
+class BuildNative(build_ext):
+    """Builds the extension and the record of how that went."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:  # setuptools names a temporary folder here, and the next build would start from nothing
+            self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
+
+    def run(self) -> None:
+        library = Path(self.get_ext_fullpath("longattn._C"))  # in the source tree when in place, else in build_lib
+        library.parent.mkdir(parents=True, exist_ok=True)
+        record: dict[str, object] = {"reason": None, "compiler": None, "mode": None, "targets": [], "dropped": []}
+        try:
+            self.build_native(library, record)
+        except NativeBuildError as error:
+            if switch("LONGATTN_REQUIRE_NATIVE"):
+                raise CompileError(f"the CPU kernels were not built: {error}") from error
+            library.unlink(missing_ok=True)
+            record["reason"] = str(error)
+            self.warn(f"longattn installs without its CPU kernels: {error}")
+        (library.parent / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    def build_native(self, library: Path, record: dict[str, object]) -> None:
+        tools = Toolchain.find()
+        record.update(compiler=tools.version, mode=tools.mode)
+
+        machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
+        wanted = TARGETS.get(machine, PORTABLE)
+        targets = {name: flags for name, flags in wanted.items() if tools.accepts(flags)}
+        record.update(dropped=[name for name in wanted if name not in targets])
+
+        steps = self.steps(tools, targets)
+        carry_out(steps, Path(self.build_temp))
+        # Replaced, never written through: a process may have the old one mapped.
+        shutil.copy2(steps[-1].output, f"{library}.new")
+        os.replace(f"{library}.new", library)
+        record.update(targets=list(targets))
+
+    def steps(self, tools: Toolchain, targets: dict[str, tuple[str, ...]]) -> list[Step]:
+        import pybind11
+
+        include = [f"-I{CSRC / 'include'}", f"-I{CSRC}"]
+        python = [f"-isystem{path}" for path in (pybind11.get_include(), *self.include_dirs)]
+        have = [f"-DLONGATTN_HAVE_{name.upper()}=1" for name in targets]
+        sources = [
+            (CSRC / "bindings.cpp", [*include, *python]),
+            *((source, [*include, *have]) for source in sorted((CSRC / "cpu").glob("*.cpp"))),
+            *((CSRC / "cpu" / "targets" / f"{name}.cpp", [*include, *flags]) for name, flags in targets.items()),
+        ]
+        build = Path(self.build_temp)
+        steps = []
+        for source, extra in sources:
+            obj = build / source.with_suffix(".o")
+            steps.append(Step("compile", [source], obj, tools.compile(source, extra, obj)))
+        objects, library = [step.output for step in steps], build / "_C.so"
+        return [*steps, Step("link", objects, library, tools.link(objects, library))]
+
+
+setup(ext_modules=[Extension("longattn._C", sources=[])], cmdclass={"build_ext": BuildNative})
