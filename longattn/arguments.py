@@ -1,0 +1,431 @@
+"""From the public keywords to one validated (Tensors, Problem): the only place that checks a call's arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from longattn.errors import InvalidInput
+from longattn.mask import Mask
+from longattn.problem import Problem, Tensors, present_features
+from longattn.rope import Rope
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int32, torch.int64)
+_INT32_MAX = 2**31 - 1
+
+Window = int | tuple[int, int] | None
+Positions = Tensor | tuple[Tensor, Tensor] | None
+
+
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    window: Window,
+    sinks: int,
+    align: str | int | Tensor,
+    key_mask: Tensor | None,
+    key_lens: Tensor | None,
+    bounds: tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sink_logits: Tensor | None,
+    rope: Rope | None,
+    positions: Positions,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensors, Problem]:
+    """Check a call on q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv]."""
+    q, k, v = _qkv(q, k, v, ("batch", "heads", "length", "head_dim"))
+    batch, q_heads, nq, _ = q.shape
+    nk = k.shape[2]
+    if k.shape[0] != batch:
+        raise InvalidInput("k", f"{batch} sequences as in q", f"shape {tuple(k.shape)}")
+    offset = None
+    if isinstance(align, Tensor):
+        offset = _int_tensor("align", align, ((batch,),), q.device)
+        align = 0
+    mask = _mask(causal, window, sinks, align)
+    lo, hi = _bounds(bounds, batch, nq, q.device)
+    inv_freq, factor = _frequencies(rope, q, nk)
+    positions_q, positions_k = _positions(positions, rope, q.device, (batch,), nq, nk)
+    if positions_k is not None and positions_q is None and offset is None and key_lens is None:
+        _check_reach(mask, nq, nk)
+    tensors = Tensors(
+        q,
+        k,
+        v,
+        key_mask=_key_mask(key_mask, batch, nk, q.device),
+        key_lens=None if key_lens is None else _int_tensor("key_lens", key_lens, ((batch,),), q.device),
+        lo=lo,
+        hi=hi,
+        offset=offset,
+        bias=_bias(bias, (batch, q_heads, nq, nk), q.device),
+        alibi_slopes=_floats("alibi_slopes", alibi_slopes, ((q_heads,), (batch, q_heads)), q.device),
+        sink_logits=_floats("sink_logits", sink_logits, ((q_heads,),), q.device),
+        inv_freq=inv_freq,
+        positions_q=positions_q,
+        positions_k=positions_k,
+        seed=_seed(seed, dropout_p, q.device),
+    )
+    return tensors, _problem(tensors, mask, batch, scale, softcap, rope, factor, dropout_p, deterministic)
+
+
+def packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool,
+    window: Window,
+    sinks: int,
+    align: str | int | Tensor,
+    key_mask: Tensor | None,
+    key_lens: Tensor | None,
+    bounds: tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sink_logits: Tensor | None,
+    rope: Rope | None,
+    positions: Positions,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensors, Problem]:
+    """Check a call on packed sequences q [Tq, Hq, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv]; they become [1, H, T, D]."""
+    q, k, v = _qkv(q, k, v, ("tokens", "heads", "head_dim"))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    _, q_heads, tq, _ = q.shape
+    tk = k.shape[2]
+    for name, value in (("key_mask", key_mask), ("bounds", bounds), ("bias", bias)):
+        if value is not None:
+            raise InvalidInput(name, "None with packed sequences", type(value).__name__)
+    cu_seqlens_q = _cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
+    cu_seqlens_k = _cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
+    batch = cu_seqlens_q.shape[0] - 1
+    if cu_seqlens_k.shape[0] - 1 != batch:
+        raise InvalidInput("cu_seqlens_k", f"{batch + 1} entries as in cu_seqlens_q", f"{cu_seqlens_k.shape[0]}")
+    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 0:
+            raise InvalidInput(name, "an int >= 0", repr(value))
+    offset = None
+    if isinstance(align, Tensor):
+        offset = _int_tensor("align", align, ((batch,),), q.device)
+        align = 0
+    mask = _mask(causal, window, sinks, align)
+    inv_freq, factor = _frequencies(rope, q, max_seqlen_k)
+    positions_q, positions_k = _positions(positions, rope, q.device, (), tq, tk)
+    tensors = Tensors(
+        q,
+        k,
+        v,
+        key_lens=None if key_lens is None else _int_tensor("key_lens", key_lens, ((batch,),), q.device),
+        offset=offset,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        alibi_slopes=_floats("alibi_slopes", alibi_slopes, ((q_heads,), (batch, q_heads)), q.device),
+        sink_logits=_floats("sink_logits", sink_logits, ((q_heads,),), q.device),
+        inv_freq=inv_freq,
+        positions_q=positions_q,
+        positions_k=positions_k,
+        seed=_seed(seed, dropout_p, q.device),
+    )
+    problem = _problem(tensors, mask, batch, scale, softcap, rope, factor, dropout_p, deterministic)
+    return tensors, replace(problem, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+
+
+def rotation(x: Tensor, rope: Rope, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Check an apply_rope call on x [..., N, D]: (x [B, H, N, D], inv_freq, positions float32, factor)."""
+    if not isinstance(rope, Rope):
+        raise InvalidInput("rope", "a longattn.Rope", type(rope).__name__)
+    if not isinstance(x, Tensor) or x.dim() < 2 or x.dim() > 4:
+        raise InvalidInput("x", "a tensor of 2 to 4 dimensions [..., N, D]", _describe(x))
+    _floating("x", x)
+    batch = tuple(x.shape[:1]) if x.dim() == 4 else ()
+    while x.dim() < 4:
+        x = x[None]
+    n = x.shape[2]
+    inv_freq, factor = _frequencies(rope, x, n)
+    assert inv_freq is not None
+    if positions is None:
+        return x, inv_freq, torch.arange(n, dtype=torch.float32, device=x.device), factor
+    return x, inv_freq, _position_tensor("positions", positions, x.device, batch, n), factor
+
+
+def rotation_problem(x: Tensor, rope: Rope) -> Problem:
+    """A rotation alone, described as the call it would be part of."""
+    batch, heads, n, width = x.shape
+    return Problem(
+        batch=batch,
+        q_heads=heads,
+        kv_heads=heads,
+        nq=n,
+        nk=n,
+        head_dim=width,
+        v_head_dim=width,
+        dtype=x.dtype,
+        device=x.device.type,
+        mask=Mask(),
+        scale=1.0,
+        interleaved=rope.interleaved,
+        features=("rope",),
+        needs_grad=torch.is_grad_enabled() and x.requires_grad,
+    )
+
+
+def _problem(
+    tensors: Tensors,
+    mask: Mask,
+    batch: int,
+    scale: float | None,
+    softcap: float | None,
+    rope: Rope | None,
+    factor: float,
+    dropout_p: float,
+    deterministic: bool,
+) -> Problem:
+    q, k, v = tensors.q, tensors.k, tensors.v
+    softcap = _number("softcap", 0.0 if softcap is None else softcap, "None or a finite number >= 0", low=0.0)
+    dropout_p = _number("dropout_p", dropout_p, "a number in [0, 1)", low=0.0, below=1.0)
+    width = q.shape[-1]
+    scale = 1.0 / math.sqrt(width) if scale is None else _number("scale", scale, "None or a finite number")
+    if not isinstance(deterministic, bool):
+        raise InvalidInput("deterministic", "a bool", repr(deterministic))
+    needs_grad = torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or any([x is not None and x.requires_grad for x in (tensors.bias, tensors.alibi_slopes, tensors.sink_logits)])
+    )
+    return Problem(
+        batch=batch,
+        q_heads=q.shape[1],
+        kv_heads=k.shape[1],
+        nq=q.shape[2],
+        nk=k.shape[2],
+        head_dim=width,
+        v_head_dim=v.shape[-1],
+        dtype=q.dtype,
+        device=q.device.type,
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        rope_factor=factor,
+        interleaved=rope is not None and rope.interleaved,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        features=present_features(tensors, softcap, dropout_p),
+        needs_grad=needs_grad,
+    )
+
+
+def _qkv(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rank, dtype, device, head counts and lengths; the last dimension of each gets unit stride."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != len(axes):
+            raise InvalidInput(name, f"a tensor [{', '.join(axes)}]", _describe(x))
+        _floating(name, x)
+        if x.layout != torch.strided:
+            raise InvalidInput(name, "a strided (dense) tensor", str(x.layout))
+        if x.device != q.device:
+            raise InvalidInput(name, f"device {q.device} as q", str(x.device))
+    q, k, v = _autocast(q, k, v)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise InvalidInput(name, f"dtype {q.dtype} as q", str(x.dtype))
+    heads = axes.index("heads")
+    q_heads, kv_heads = q.shape[heads], k.shape[heads]
+    if q.shape[-1] < 1 or v.shape[-1] < 1:
+        raise InvalidInput("q" if q.shape[-1] < 1 else "v", "head_dim >= 1", "0")
+    if k.shape[-1] != q.shape[-1]:
+        raise InvalidInput("k", f"head_dim {q.shape[-1]} as q", f"shape {tuple(k.shape)}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise InvalidInput("v", f"k's shape {tuple(k.shape)} but for head_dim", f"shape {tuple(v.shape)}")
+    if kv_heads < 1 or q_heads % kv_heads:
+        raise InvalidInput("q", f"a number of heads that is a multiple of k's {kv_heads}", f"shape {tuple(q.shape)}")
+    return _unit_stride(q), _unit_stride(k), _unit_stride(v)
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast q, k and v take its dtype, as in PyTorch's own attention (float64 stays)."""
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    return q, k, v
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _floating(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise InvalidInput(name, "dtype float32, float64, bfloat16 or float16", str(x.dtype))
+
+
+def _mask(causal: bool, window: Window, sinks: int, align: str | int) -> Mask:
+    if not isinstance(causal, bool):
+        raise InvalidInput("causal", "a bool", repr(causal))
+    mask = Mask.from_window(causal=causal, window=window, sinks=sinks, align=align)
+    for name, value in (("window", mask.left), ("window", mask.right), ("sinks", mask.sinks), ("align", mask.offset)):
+        if value is not None and not -_INT32_MAX <= value <= _INT32_MAX:
+            raise InvalidInput(name, "an int below 2^31", repr(value))
+    return mask
+
+
+def _key_mask(key_mask: Tensor | None, batch: int, nk: int, device: torch.device) -> Tensor | None:
+    if key_mask is None:
+        return None
+    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool or tuple(key_mask.shape) != (batch, nk):
+        raise InvalidInput("key_mask", f"a bool tensor [{batch}, {nk}], True = visible", _describe(key_mask))
+    return _on_device("key_mask", key_mask, device)
+
+
+def _bounds(
+    bounds: tuple[Tensor, Tensor] | None, batch: int, nq: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    if bounds is None:
+        return None, None
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise InvalidInput("bounds", "a pair (lo, hi) of int tensors", _describe(bounds))
+    lo, hi = (_int_tensor("bounds", x, ((nq,), (batch, nq)), device) for x in bounds)
+    if lo.shape != hi.shape:
+        raise InvalidInput("bounds", f"lo and hi of one shape {tuple(lo.shape)}", f"hi of shape {tuple(hi.shape)}")
+    return lo, hi
+
+
+def _bias(bias: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    if bias is None:
+        return None
+    expected = f"a floating or bool tensor broadcastable to {shape}"
+    if not isinstance(bias, Tensor) or bias.dtype not in (*DTYPES, torch.bool) or bias.dim() > 4:
+        raise InvalidInput("bias", expected, _describe(bias))
+    while bias.dim() < 4:
+        bias = bias[None]
+    if any([size != 1 and size != full for size, full in zip(bias.shape, shape, strict=True)]):
+        raise InvalidInput("bias", expected, f"shape {tuple(bias.shape)}")
+    return _on_device("bias", bias, device)
+
+
+def _floats(
+    name: str, x: Tensor | None, shapes: Sequence[tuple[int, ...]], device: torch.device
+) -> Tensor | None:
+    if x is None:
+        return None
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES or tuple(x.shape) not in shapes:
+        expected = " or ".join([str(list(shape)) for shape in shapes])
+        raise InvalidInput(name, f"a floating tensor {expected}", _describe(x))
+    return _on_device(name, x, device)
+
+
+def _int_tensor(name: str, x: object, shapes: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    if not isinstance(x, Tensor) or x.dtype not in _INTEGERS or tuple(x.shape) not in shapes:
+        expected = " or ".join([str(list(shape)) for shape in shapes])
+        raise InvalidInput(name, f"an int32 tensor {expected}", _describe(x))
+    if x.dtype == torch.int64:
+        x = x.clamp(-_INT32_MAX, _INT32_MAX).to(torch.int32)
+    return _on_device(name, x, device)
+
+
+def _cu_seqlens(name: str, x: Tensor, device: torch.device) -> Tensor:
+    if not isinstance(x, Tensor) or x.dtype not in _INTEGERS or x.dim() != 1 or x.shape[0] < 1:
+        raise InvalidInput(name, "an int32 tensor [batch + 1]", _describe(x))
+    return _on_device(name, x.to(torch.int32), device)
+
+
+def _frequencies(rope: Rope | None, q: Tensor, length: int) -> tuple[Tensor | None, float]:
+    if rope is None:
+        return None, 1.0
+    if not isinstance(rope, Rope):
+        raise InvalidInput("rope", "None or a longattn.Rope", type(rope).__name__)
+    if rope.dim > q.shape[-1]:
+        raise InvalidInput("rope", f"a rotated width of at most head_dim {q.shape[-1]}", f"dim {rope.dim}")
+    inv_freq, factor = rope.frequencies(length)
+    return inv_freq.to(q.device), factor
+
+
+def _positions(
+    positions: Positions, rope: Rope | None, device: torch.device, batch: tuple[int, ...], nq: int, nk: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(for q or None, for k) as float32: the angle is a product of float32 numbers."""
+    if positions is None:
+        return None, None
+    if rope is None:
+        raise InvalidInput("positions", "None without rope (masks and ALiBi ignore positions)", _describe(positions))
+    if isinstance(positions, Tensor):
+        return None, _position_tensor("positions", positions, device, batch, nk)
+    if not isinstance(positions, (tuple, list)) or len(positions) != 2:
+        raise InvalidInput("positions", "a tensor or a pair of tensors (for q, for k)", _describe(positions))
+    for_q, for_k = positions
+    return (
+        _position_tensor("positions[0]", for_q, device, batch, nq),
+        _position_tensor("positions[1]", for_k, device, batch, nk),
+    )
+
+
+def _position_tensor(name: str, x: object, device: torch.device, batch: tuple[int, ...], n: int) -> Tensor:
+    shapes = ((n,), (*batch, n))
+    if not isinstance(x, Tensor) or x.dtype not in (*_INTEGERS, torch.float32) or tuple(x.shape) not in shapes:
+        expected = " or ".join([str(list(shape)) for shape in dict.fromkeys(shapes)])
+        raise InvalidInput(name, f"an int or float32 tensor {expected}", _describe(x))
+    return _on_device(name, x, device).to(torch.float32)
+
+
+def _check_reach(mask: Mask, nq: int, nk: int) -> None:
+    """Queries read their rotation at entry p_i of positions: each that can see a key must stand inside."""
+    first, last = mask.position(0, nq, nk), mask.position(nq - 1, nq, nk)
+    if nq and nk and (last >= nk or (first < 0 and mask.right != 0)):
+        raise InvalidInput(
+            "positions", f"a pair (for q, for k), as queries stand at {first}..{last}, outside k's {nk} entries", "one tensor"
+        )
+
+
+def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    if not dropout_p:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64).to(device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise InvalidInput("seed", "None, an int, or an int64 tensor with one entry", _describe(seed))
+        return seed.reshape(1).to(device)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise InvalidInput("seed", "None, an int of 64 bits, or an int64 tensor with one entry", repr(seed))
+    return torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def _number(name: str, value: float, expected: str, low: float = -math.inf, below: float = math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidInput(name, expected, _describe(value))
+    if not (math.isfinite(value) and low <= value < below):
+        raise InvalidInput(name, expected, repr(value))
+    return float(value)
+
+
+def _on_device(name: str, x: Tensor, device: torch.device) -> Tensor:
+    if x.device != device:
+        raise InvalidInput(name, f"device {device} as q", str(x.device))
+    return x
+
+
+def _describe(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype)[6:]} tensor of shape {tuple(x.shape)}"
+    return f"{type(x).__name__} {x!r}"[:80]

@@ -1,0 +1,111 @@
+"""One attention call, validated: the tensors it reads, and a frozen description of everything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longattn.mask import Mask
+
+
+class Tensors(NamedTuple):
+    """What a kernel reads. B sequences, Hq query heads, Hkv key/value heads, Nq queries, Nk keys.
+
+    With cu_seqlens the sequences are packed: q is [1, Hq, Tq, D], k and v are [1, Hkv, Tk, D or Dv].
+    """
+
+    q: Tensor  # [B, Hq, Nq, D], unit stride in D
+    k: Tensor  # [B, Hkv, Nk, D], unit stride in D
+    v: Tensor  # [B, Hkv, Nk, Dv], unit stride in Dv
+    key_mask: Tensor | None = None  # bool [B, Nk], True = visible
+    key_lens: Tensor | None = None  # int32 [B]
+    lo: Tensor | None = None  # int32 [Nq] or [B, Nq]: query i sees lo <= j < hi
+    hi: Tensor | None = None  # int32, of lo's shape
+    offset: Tensor | None = None  # int32 [B]: in place of the mask's offset
+    cu_seqlens_q: Tensor | None = None  # int32 [B + 1]
+    cu_seqlens_k: Tensor | None = None  # int32 [B + 1]
+    bias: Tensor | None = None  # floating or bool, 4-D, broadcastable to [B, Hq, Nq, Nk]
+    alibi_slopes: Tensor | None = None  # floating [Hq] or [B, Hq]
+    sink_logits: Tensor | None = None  # floating [Hq]
+    inv_freq: Tensor | None = None  # float32 [rotated width / 2]: rope
+    positions_q: Tensor | None = None  # float32 [Nq] or [B, Nq]: in place of p_i in the rotation
+    positions_k: Tensor | None = None  # float32 [Nk] or [B, Nk]: in place of j; queries read entry p_i unless positions_q
+    seed: Tensor | None = None  # int64 [1]: dropout
+
+
+FEATURES = ("key_mask", "key_lens", "bounds", "bias", "softcap", "alibi_slopes", "sink_logits", "rope", "dropout", "varlen")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The metadata of one call. Hashable; a backend decides from it alone whether it can run the call."""
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    nq: int  # queries of one sequence; of all packed sequences if varlen
+    nk: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+    device: str
+    mask: Mask
+    scale: float
+    softcap: float = 0.0  # 0: none
+    rope_factor: float = 1.0  # scales what the rotation returns
+    interleaved: bool = False  # rotation pairs (2i, 2i + 1) in place of (i, i + dim / 2)
+    dropout_p: float = 0.0
+    deterministic: bool = False
+    max_seqlen_q: int = 0  # of a packed sequence
+    max_seqlen_k: int = 0
+    features: tuple[str, ...] = ()  # of FEATURES, in that order
+    needs_grad: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def varlen(self) -> bool:
+        return "varlen" in self.features
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        """The dtype of sums and of lse."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def __str__(self) -> str:
+        heads = f"{self.q_heads}" if self.group == 1 else f"{self.q_heads}/{self.kv_heads}"
+        width = f"{self.head_dim}" if self.head_dim == self.v_head_dim else f"{self.head_dim}/{self.v_head_dim}"
+        mask = self.mask
+        parts = [f"B {self.batch}, H {heads}, Nq {self.nq}, Nk {self.nk}, D {width}", str(self.dtype)[6:], self.device]
+        if mask.left is not None or mask.right is not None:
+            sinks = f", sinks {mask.sinks}" if mask.sinks else ""
+            parts.append(f"left {mask.left}, right {mask.right}{sinks}")
+        parts += self.features
+        if self.deterministic:
+            parts.append("deterministic")
+        if self.needs_grad:
+            parts.append("with gradient")
+        return "; ".join(parts)
+
+
+def present_features(tensors: Tensors, softcap: float, dropout_p: float) -> tuple[str, ...]:
+    """The features that a call uses, of FEATURES."""
+    used = {
+        "key_mask": tensors.key_mask is not None,
+        "key_lens": tensors.key_lens is not None,
+        "bounds": tensors.lo is not None,
+        "bias": tensors.bias is not None,
+        "softcap": softcap > 0.0,
+        "alibi_slopes": tensors.alibi_slopes is not None,
+        "sink_logits": tensors.sink_logits is not None,
+        "rope": tensors.inv_freq is not None,
+        "dropout": dropout_p > 0.0,
+        "varlen": tensors.cu_seqlens_q is not None,
+    }
+    return tuple([name for name in FEATURES if used[name]])
