@@ -1,0 +1,113 @@
+"""The package as it is installed: its metadata, its objects, and what happens without a compiler."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import longattn
+from longattn._build_info import BuildInfo, build_info
+from longattn._version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+OBJECTS = ROOT / "build"
+
+
+def setup_py(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs setup.py with nothing of the caller's build settings but what is given."""
+    ours = ("CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS")
+    inherited = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("LONGATTN_")}
+    return subprocess.run(
+        [sys.executable, "setup.py", "--quiet", *arguments],
+        cwd=ROOT,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_version_has_one_source() -> None:
+    assert longattn.__version__ == __version__
+
+
+def test_installed_metadata_matches_the_package() -> None:
+    try:
+        installed = importlib.metadata.distribution("longattn")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("longattn runs from the checkout without being installed")
+    assert installed.version == __version__
+    assert [script.value for script in installed.entry_points if script.name == "longattn"] == ["longattn.cli:main"]
+
+
+def test_the_types_are_public() -> None:
+    assert (Path(longattn.__file__).parent / "py.typed").is_file()
+
+
+def test_a_tree_that_was_not_built_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longattn._build_info._RECORD", tmp_path / "_build.json")
+    info = build_info()
+    assert info.reason is not None and "not built" in info.reason
+    assert info.targets == ()
+
+
+@pytest.mark.native
+def test_the_build_under_test_is_the_one_asked_for() -> None:
+    info = build_info()
+    if info.reason is not None:
+        pytest.skip(info.reason)
+    sanitizers = os.environ.get("LONGATTN_SANITIZE")
+    assert info.mode == sanitizers if sanitizers else info.mode in ("release", "debug")
+    assert "baseline" in info.targets
+
+
+def built_objects(info: BuildInfo) -> list[Path]:
+    """The objects of the instruction sets that the extension in this checkout was linked from."""
+    folder = f"temp.*-{sys.implementation.cache_tag}/csrc/cpu/targets"
+    return [path for target in info.targets for path in OBJECTS.glob(f"{folder}/{target}.o")]
+
+
+def test_no_instruction_set_leaks_out_of_its_object() -> None:
+    """A weak (COMDAT) symbol compiled for AVX-512 could be the copy that the linker keeps for every machine."""
+    info = build_info()
+    objects = built_objects(info)
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("nm is not installed")
+    if info.mode != "release" or not objects:
+        pytest.skip("the objects of a release build are not in build/: run `make build`")
+
+    listing = subprocess.run([nm, "-A", "-P", *map(str, objects)], capture_output=True, text=True, check=True).stdout
+    symbols = [line.split()[:3] for line in listing.splitlines()]
+    # W and V are weak definitions, u is one for all libraries of the process; lower case w and v are only references.
+    weak = [f"{path} {name}" for path, name, kind in symbols if kind in "WVu"]
+    assert weak == []
+
+
+def test_install_without_a_compiler_says_why(tmp_path: Path) -> None:
+    build = ("egg_info", "--egg-base", str(tmp_path), "build", "--build-base", str(tmp_path))
+    done = setup_py(*build, "--build-lib", str(tmp_path / "lib"), CXX="/nonexistent/c++")
+    assert done.returncode == 0, done.stderr
+
+    package = tmp_path / "lib" / "longattn"
+    assert (package / "py.typed").is_file()
+    assert list(package.glob("_C*")) == []
+    record = json.loads((package / "_build.json").read_text(encoding="utf-8"))
+    assert "no C++ compiler" in record["reason"] and "/nonexistent/c++" in record["reason"]
+
+    program = "from longattn._build_info import build_info; print(build_info().reason)"
+    installed = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "lib", capture_output=True, text=True)
+    assert installed.stdout.strip() == record["reason"], installed.stderr
+
+
+def test_install_without_a_compiler_fails_where_the_kernels_are_required(tmp_path: Path) -> None:
+    build = ("build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path))
+    done = setup_py(*build, CXX="/nonexistent/c++", LONGATTN_REQUIRE_NATIVE="1")
+    assert done.returncode != 0
+    assert "no C++ compiler" in done.stderr
