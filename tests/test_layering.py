@@ -26,7 +26,7 @@ LAYERS = (
     ("ops",),
     ("backends.registry",),
     ("backends.cpu", "backends.reference"),
-    ("backends.base", "backends.philox"),
+    ("backends.base", "backends.angles", "backends.philox"),
     ("problem",),
     ("mask", "rope"),
     ("scaling",),
@@ -44,7 +44,7 @@ USER_OF_TORCH_LIBRARY = "ops"
 
 
 def unit_of(module: str) -> str | None:
-    """The unit of a dotted name: "backends.base" for "longattn.backends.base.Backend", None for "longattn.attention"."""
+    """The unit of a dotted name: "backends.base" of "longattn.backends.base.Backend", None of "longattn.attention"."""
     parts = module.split(".")[1:]
     prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     return next((prefix for prefix in prefixes if prefix in LEVEL), None)
