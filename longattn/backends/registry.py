@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 
+import torch
+
 from longattn.backends.base import Backend
 from longattn.backends.cpu import CpuBackend
 from longattn.backends.reference import ReferenceBackend
@@ -12,7 +14,7 @@ from longattn.problem import Problem
 
 BACKENDS: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
-_warned: set[tuple[str, ...]] = set()
+_warned: set[str] = set()
 
 
 def get(name: str) -> Backend:
@@ -42,7 +44,7 @@ def select(problem: Problem, name: str = "auto") -> Backend:
     for backend in candidates:
         why = _reasons(backend, problem)
         if not why:
-            if found and backend.name == "reference":
+            if found and backend.name == "reference" and not torch.compiler.is_compiling():
                 _warn_slow(found)
             return backend
         found[backend.name] = why
@@ -56,6 +58,6 @@ def _reasons(backend: Backend, problem: Problem) -> list[str]:
 
 def _warn_slow(found: dict[str, list[str]]) -> None:
     listing = "; ".join(f"{name}: {', '.join(why)}" for name, why in found.items())
-    if (listing,) not in _warned:
-        _warned.add((listing,))
+    if listing not in _warned:
+        _warned.add(listing)
         warnings.warn(f"longattn runs on its slow float64 reference backend ({listing})", RuntimeWarning, stacklevel=4)

@@ -1,0 +1,68 @@
+// What Python hands over: addresses, strides and numbers, checked again by check.h. No torch, no Python.
+#pragma once
+
+#include <cstdint>
+
+namespace longattn {
+
+enum class DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kBool = 4 };
+
+// [batch, head, token, width], unit stride in width.
+struct Tensor4 {
+  char* data = nullptr;
+  int64_t batch = 0, head = 0, token = 0;  // strides in elements
+};
+
+// Rotation angles of tokens, in the accumulation type: [1 or batch, token, width / 2], times the rotation's factor.
+struct Angles {
+  const char* cos = nullptr;
+  const char* sin = nullptr;
+  int64_t batch = 0;  // stride in elements, 0 if all sequences share them
+};
+
+// One attention call. "Accumulation type" is double for kFloat64, float otherwise.
+struct AttentionParams {
+  int64_t batch = 0, q_heads = 0, kv_heads = 0, nq = 0, nk = 0, head_dim = 0, v_head_dim = 0;
+  DType dtype = DType::kFloat32;
+
+  Tensor4 q, k, v, out;  // out is read by the backward
+  char* lse = nullptr;   // [batch, q_heads, nq], accumulation type; written by the forward
+
+  // Query i of a sequence stands at position i + offset (+ keys - queries if from_end); see mask.h.
+  int64_t left = -1, right = -1, sinks = 0, offset = 0;  // -1: unbounded
+  bool from_end = true;
+  const int32_t* offsets = nullptr;      // [batch], in place of offset; may be nullptr
+  const bool* key_mask = nullptr;        // [batch, nk], may be nullptr
+  const int32_t* key_lens = nullptr;     // [batch], may be nullptr
+  const int32_t* lo = nullptr;           // [1 or batch, nq], may be nullptr
+  const int32_t* hi = nullptr;           // as lo
+  int64_t bounds_batch = 0;              // stride of lo and hi
+  const int32_t* cu_seqlens_q = nullptr;  // [batch + 1]: packed sequences; q, k, v, out have one batch row
+  const int32_t* cu_seqlens_k = nullptr;  // [batch + 1]
+
+  double scale = 1.0;
+
+  int64_t rotated = 0;       // width that rope turns, 0: none
+  bool interleaved = false;  // pairs (2i, 2i + 1) in place of (i, i + rotated / 2)
+  Angles q_angles, k_angles;
+
+  // Backward.
+  Tensor4 dout, dq, dk, dv;     // dq, dk, dv may be nullptr
+  const char* dlse = nullptr;   // as lse, may be nullptr
+  char* delta = nullptr;        // workspace as lse
+  Tensor4 dq_sum;               // accumulation type, zeroed; may be dq itself
+
+  int64_t threads = 1;
+};
+
+// out = x with its first `rotated` entries turned; x, out [batch, heads, tokens, width].
+struct RopeParams {
+  int64_t batch = 0, heads = 0, tokens = 0, width = 0, rotated = 0;
+  DType dtype = DType::kFloat32;
+  Tensor4 x, out;
+  Angles angles;
+  bool interleaved = false, inverse = false;
+  int64_t threads = 1;
+};
+
+}  // namespace longattn

@@ -1,0 +1,41 @@
+"""Exact long-context attention for PyTorch: one meaning on every backend, memory linear in the sequence length."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from longattn import scaling
+from longattn._version import __version__
+from longattn.errors import InvalidInput, Unsupported
+from longattn.functional import Explanation, apply_rope, attention, attention_varlen, explain, merge_attention
+from longattn.mask import Mask
+from longattn.rope import Rope
+
+if TYPE_CHECKING:
+    from longattn import models as models
+    from longattn import nn as nn
+
+__all__ = [
+    "Explanation",
+    "InvalidInput",
+    "Mask",
+    "Rope",
+    "Unsupported",
+    "__version__",
+    "apply_rope",
+    "attention",
+    "attention_varlen",
+    "explain",
+    "merge_attention",
+    "scaling",
+]
+
+_SUBPACKAGES = ("models", "nn")
+
+
+def __getattr__(name: str) -> Any:
+    """Subpackages load on first use."""
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"longattn.{name}")
+    raise AttributeError(f"module 'longattn' has no attribute {name!r}")

@@ -1,0 +1,160 @@
+"""The CPU backend: fills the native parameters and calls the C++ kernels of csrc/cpu."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longattn._build_info import build_info
+from longattn.backends.angles import rotation_positions
+from longattn.backends.base import Backend, Gradients
+from longattn.problem import Problem, Tensors
+
+try:
+    from longattn import _C as _native
+except ImportError as error:  # built without a compiler, or not built at all
+    _native = None
+    _UNAVAILABLE: str | None = f"the C++ kernels are missing: {build_info().reason or error}"
+else:
+    _UNAVAILABLE = None
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_MISSING = ("bias", "softcap", "alibi_slopes", "sink_logits", "dropout")
+
+
+class CpuBackend(Backend):
+    """C++ kernels for the instruction set of this machine."""
+
+    name = "cpu"
+
+    def unavailable(self) -> str | None:
+        return _UNAVAILABLE
+
+    def reasons(self, problem: Problem) -> list[str]:
+        found = []
+        if problem.device != "cpu":
+            found.append(f"runs on the cpu, not on {problem.device}")
+        for name, width in (("head_dim", problem.head_dim), ("v_head_dim", problem.v_head_dim)):
+            if width > 512:
+                found.append(f"{name} is at most 512, not {width}")
+        found += [f"{name} is not implemented" for name in _MISSING if name in problem.features]
+        return found
+
+    def forward(self, problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> None:
+        params, keep = _params(problem, tensors, out, lse)
+        native().attention_forward(params)
+        del keep
+
+    def backward(
+        self,
+        problem: Problem,
+        tensors: Tensors,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        grads: Gradients,
+    ) -> None:
+        params, keep = _params(problem, tensors, out, lse)
+        params.dout = _view(dout)
+        if dlse is not None:
+            dlse = dlse.contiguous()
+            params.dlse = dlse.data_ptr()
+        delta = torch.empty_like(lse)
+        params.delta = delta.data_ptr()
+        for name, grad in (("dq", grads.q), ("dk", grads.k), ("dv", grads.v)):
+            if grad is not None:
+                setattr(params, name, _view(grad))
+        if grads.q is not None:
+            dq_sum = grads.q
+            if problem.dtype != problem.accumulate_dtype:
+                dq_sum = torch.empty_like(grads.q, dtype=problem.accumulate_dtype)
+            params.dq_sum = _view(dq_sum.zero_())
+        native().attention_backward(params)
+        del keep
+
+    def rope(
+        self, x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, interleaved: bool, inverse: bool, out: Tensor
+    ) -> None:
+        params = native().RopeParams()
+        params.batch, params.heads, params.tokens, params.width = x.shape
+        params.rotated = 2 * inv_freq.shape[0]
+        params.dtype = _DTYPES[x.dtype]
+        params.x, params.out = _view(x), _view(out)
+        angles = _tables(positions, inv_freq, factor, x.dtype)
+        params.angles = _angles(*angles)
+        params.interleaved, params.inverse = interleaved, inverse
+        params.threads = torch.get_num_threads()
+        native().rope(params)
+
+
+def native() -> ModuleType:
+    """The extension module."""
+    assert _native is not None
+    return _native
+
+
+def _params(problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> tuple[Any, list[Tensor]]:
+    """The native parameters, and the tensors made here that must outlive the call."""
+    params = native().AttentionParams()
+    params.batch, params.q_heads, params.kv_heads = problem.batch, problem.q_heads, problem.kv_heads
+    params.nq, params.nk = problem.nq, problem.nk
+    params.head_dim, params.v_head_dim = problem.head_dim, problem.v_head_dim
+    params.dtype = _DTYPES[problem.dtype]
+    params.q, params.k, params.v, params.out = _view(tensors.q), _view(tensors.k), _view(tensors.v), _view(out)
+    params.lse = lse.data_ptr()
+    mask = problem.mask
+    params.left = -1 if mask.left is None else mask.left
+    params.right = -1 if mask.right is None else mask.right
+    params.sinks, params.offset, params.from_end = mask.sinks, mask.offset, mask.from_end
+    params.scale = problem.scale
+    params.threads = torch.get_num_threads()
+    keep = []
+    for name, x in (
+        ("offsets", tensors.offset),
+        ("key_mask", tensors.key_mask),
+        ("key_lens", tensors.key_lens),
+        ("lo", tensors.lo),
+        ("hi", tensors.hi),
+        ("cu_seqlens_q", tensors.cu_seqlens_q),
+        ("cu_seqlens_k", tensors.cu_seqlens_k),
+    ):
+        if x is not None:
+            x = x.contiguous()
+            keep.append(x)
+            setattr(params, name, x.data_ptr())
+    if tensors.lo is not None:
+        params.bounds_batch = problem.nq if tensors.lo.dim() == 2 else 0
+    if tensors.inv_freq is not None:
+        params.rotated, params.interleaved = 2 * tensors.inv_freq.shape[0], problem.interleaved
+        for_q, for_k, start = rotation_positions(problem, tensors)
+        k_tables = _tables(for_k, tensors.inv_freq, problem.rope_factor, problem.dtype)
+        if for_q is None:  # queries stand at keys' positions
+            q_tables = tuple([table[..., start : start + problem.nq, :] for table in k_tables])
+        else:
+            q_tables = _tables(for_q, tensors.inv_freq, problem.rope_factor, problem.dtype)
+        params.q_angles, params.k_angles = _angles(*q_tables), _angles(*k_tables)
+        keep += [*q_tables, *k_tables]
+    return params, keep
+
+
+def _view(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides of a [B, H, N, D] tensor with unit stride in D."""
+    batch, head, token, _ = x.stride()
+    return x.data_ptr(), batch, head, token
+
+
+def _tables(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cos, sin), both [1 or B, N, rotated / 2] in the accumulation dtype, of the float32 angle, times factor."""
+    angle = positions.view(-1, positions.shape[-1])[..., None] * inv_freq
+    if dtype == torch.float64:
+        angle = angle.double()
+    sin, cos = angle.sin(), angle.cos_()
+    return (cos, sin) if factor == 1.0 else (cos.mul_(factor), sin.mul_(factor))
+
+
+def _angles(cos: Tensor, sin: Tensor) -> tuple[int, int, int]:
+    return cos.data_ptr(), sin.data_ptr(), cos.stride(0) if cos.shape[0] > 1 else 0
