@@ -62,13 +62,14 @@ def switch(name: str) -> bool:
 
 
 def run(command: list[str]) -> str:
-    """The command's output; NativeBuildError, after showing all of it, if the command fails."""
+    """The command's output, shown if it warns; NativeBuildError, the output shown, if the command fails."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except OSError as error:
         raise NativeBuildError(f"{command[0]}: {error.strerror}") from error
-    if done.returncode:
+    if done.returncode or "warning:" in done.stdout:
         sys.stderr.write(done.stdout)
+    if done.returncode:
         lines = done.stdout.splitlines() or [f"exit status {done.returncode}"]
         raise NativeBuildError(next((line for line in lines if re.search(r"\berror\b", line)), lines[-1]))
     return done.stdout
@@ -109,7 +110,7 @@ class Toolchain:
         return subprocess.run(probe, capture_output=True).returncode == 0
 
     def compile(self, source: Path, extra: list[str], obj: Path) -> list[str]:
-        return [*self.cxx, *self.flags, *extra, "-MMD", "-MF", f"{obj}.d", "-c", str(source), "-o", str(obj)]
+        return [*self.cxx, *self.flags, *extra, "-MD", "-MF", f"{obj}.d", "-c", str(source), "-o", str(obj)]
 
     def link(self, objects: list[Path], library: Path) -> list[str]:
         kind = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
@@ -151,8 +152,8 @@ def ninja_file(steps: list[Step], directory: Path) -> str:
 
     lines = [
         f"builddir = {path(directory)}",
-        *("rule compile", "  command = $run", "  depfile = $out.d", "  deps = gcc"),
-        *("rule link", "  command = $run"),
+        *("rule compile", "  command = $run", "  description = $out", "  depfile = $out.d", "  deps = gcc"),
+        *("rule link", "  command = $run", "  description = $out"),
     ]
     for step in steps:
         lines.append(f"build {path(step.output)}: {step.rule} {' '.join(map(path, step.inputs))}")
