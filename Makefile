@@ -53,7 +53,7 @@ build: $(VENV)/build.stamp ## compile what changed of the extension, in place
 clean: ## remove everything that was built; .venv stays
 	rm -rf build dist longattn.egg-info longattn/_build.json longattn/_C*.so
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find longattn tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
