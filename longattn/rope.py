@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -237,13 +238,11 @@ def _from_hf(cls: type[Rope], config: Any, layer_type: str | None) -> Rope:
         raise InvalidInput("config", "a rotation that Rope can say", f"{model_type}: {_FOREIGN_MODELS[model_type]}")
     parameters = _hf_parameters(config, layer_type)
     interleaved = getattr(config, "rope_interleave", None)
-    if interleaved is None:
-        interleaved = model_type in _INTERLEAVED_MODELS
     return cls(
         dim=_hf_dim(config, layer_type, parameters),
         base=parameters["rope_theta"],
         scaling=_hf_scaling(config, parameters),
-        interleaved=interleaved,
+        interleaved=model_type in _INTERLEAVED_MODELS if interleaved is None else bool(interleaved),
     )
 
 
@@ -271,28 +270,33 @@ def _hf_parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
 
 
 def _hf_parameters_before_v5(config: Any) -> dict[str, Any]:
-    names = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}  # GPT-NeoX
-    parameters = {new: getattr(config, old) for old, new in names.items() if hasattr(config, old)}
-    if hasattr(config, "rotary_dim"):  # GPT-J and CodeGen fix the base
+    parameters = dict(getattr(config, "rope_scaling", None) or {})
+    if hasattr(config, "rotary_pct"):  # GPT-NeoX
+        parameters |= {"rope_theta": config.rotary_emb_base, "partial_rotary_factor": config.rotary_pct}
+    elif hasattr(config, "rotary_dim") and not hasattr(config, "rope_theta"):  # GPT-J and CodeGen fix the base
         parameters["rope_theta"] = 10000.0
-    parameters |= getattr(config, "rope_scaling", None) or {}
-    if hasattr(config, "rope_local_base_freq"):  # Gemma 3
+    elif hasattr(config, "rope_local_base_freq"):  # Gemma 3
         full = {"rope_theta": config.rope_theta, **parameters}
         return {"full_attention": full, "sliding_attention": {"rope_theta": config.rope_local_base_freq}}
     return parameters
 
 
 def _hf_dim(config: Any, layer_type: str | None, parameters: Mapping[str, Any]) -> int:
-    if "partial_rotary_factor" not in parameters and getattr(config, "rotary_dim", None) is not None:
-        return config.rotary_dim
-    if layer_type is not None and getattr(config, "is_heterogeneous", False):  # Gemma 4: wider heads in full layers
-        config = config.per_layer_config[layer_type]
-    head_dim = getattr(config, "head_dim", None)
-    if not head_dim:
-        head_dim = _hf_value(config, "hidden_size") // _hf_value(config, "num_attention_heads")
+    rotary_dim = getattr(config, "rotary_dim", None)
+    if rotary_dim is not None and "partial_rotary_factor" not in parameters:
+        return int(rotary_dim)
+    head_dim = _hf_head_dim(config, layer_type)
     if parameters["rope_type"] == "proportional":
         return head_dim
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+
+
+def _hf_head_dim(config: Any, layer_type: str | None) -> int:
+    if layer_type is not None and getattr(config, "is_heterogeneous", False):
+        with suppress(ValueError):  # layers of this type differ, but not in head_dim, or reading it says so
+            config = config.per_layer_config[layer_type]
+    head_dim = getattr(config, "head_dim", None)
+    return int(head_dim or _hf_value(config, "hidden_size") // _hf_value(config, "num_attention_heads"))
 
 
 def _hf_value(config: Any, name: str) -> Any:

@@ -34,8 +34,10 @@ def inverse_frequencies(dim: int, base: float) -> Tensor:
     return 1.0 / _inverse_theta(dim, base)
 
 
-def _inverse_theta(dim: int, base: float) -> Tensor:
-    return base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+def _inverse_theta(dim: int, base: float, pairs: int | None = None) -> Tensor:
+    """Of the first `pairs`, by default all; how many there are can move a power by one rounding."""
+    end = dim if pairs is None else 2 * pairs
+    return base ** (torch.arange(0, end, 2, dtype=torch.float32, device="cpu") / dim)
 
 
 class Scaling(ABC):
@@ -341,8 +343,10 @@ class Proportional(Scaling, name="proportional"):
         _number(self, "factor", at_least=1.0)
 
     def frequencies(self, dim: int, base: float, length: int) -> Frequencies:
-        turning = torch.arange(dim // 2, device="cpu") < math.floor(self.proportion * dim / 2)
-        return inverse_frequencies(dim, base) * turning / self.factor, 1.0
+        turning = math.floor(self.proportion * dim / 2)
+        inv_freq = torch.zeros(dim // 2, dtype=torch.float32, device="cpu")
+        inv_freq[:turning] = 1.0 / _inverse_theta(dim, base, turning) / self.factor
+        return inv_freq, 1.0
 
 
 def _fields(cls: type[Scaling]) -> tuple[Field[Any], ...]:
