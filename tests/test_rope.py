@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import doctest
 import importlib
 import json
 import math
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -239,6 +241,11 @@ def test_bad_arguments(argument, make):
 def test_bad_rotation(argument, x, positions):
     with pytest.raises(InvalidInput, match=f"^{argument}: expected"):
         Rope(8).rotate(x, positions)
+
+
+def test_documentation():
+    result = doctest.testfile(str(Path(__file__).parents[1] / "docs" / "rope.md"), module_relative=False)
+    assert result.attempted > 0 and result.failed == 0
 
 
 # torch.compile.
