@@ -1,0 +1,179 @@
+"""The attention layer of new models: grouped heads, rotary positions, sliding windows, sinks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longattn.arguments import Positions, Window
+from longattn.errors import InvalidInput
+from longattn.functional import attention, attention_varlen
+from longattn.nn.checks import check_dropout, check_positive_int, check_structure
+from longattn.rope import Rope
+
+
+class Attention(nn.Module):
+    """Projections around `longattn.attention`, named as in Llama: q_proj, k_proj, v_proj, o_proj.
+
+    Args:
+        embed_dim: C, the width of the inputs and outputs.
+        num_heads: Hq, query heads.
+        num_kv_heads: Hkv, a divisor of num_heads; num_heads by default. 1: multi-query attention.
+        head_dim: D; embed_dim / num_heads by default.
+        bias: of the four projections.
+        causal, window, sinks, softcap, rope: as in `longattn.attention`.
+        scale: of the scores; 1 / sqrt(D) by default.
+        qk_norm: RMSNorm over D of each query and key, before the rotation (q_norm, k_norm; Henry et al., Query-Key
+            Normalization for Transformers, arXiv 2010.04245; RMSNorm as in Qwen3).
+        sink_logits: learn one score per head that takes part in the softmax without a value (gpt-oss); starts at 0.
+        dropout: probability of dropping a weight while training.
+
+    Raises:
+        InvalidInput: sizes or options that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        bias: bool = False,
+        causal: bool = True,
+        window: Window = None,
+        sinks: int = 0,
+        rope: Rope | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        qk_norm: bool = False,
+        sink_logits: bool = False,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive_int("embed_dim", embed_dim)
+        check_positive_int("num_heads", num_heads)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_positive_int("num_kv_heads", num_kv_heads)
+        if num_heads % num_kv_heads:
+            raise InvalidInput("num_kv_heads", f"a divisor of num_heads {num_heads}", num_kv_heads)
+        if head_dim is None:
+            if embed_dim % num_heads:
+                raise InvalidInput("embed_dim", f"a multiple of num_heads {num_heads}, or head_dim", embed_dim)
+            head_dim = embed_dim // num_heads
+        check_positive_int("head_dim", head_dim)
+        check_structure(window, sinks, rope, head_dim)
+        check_dropout(dropout)
+
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.causal = causal
+        self.window = window
+        self.sinks = sinks
+        self.rope = rope
+        self.softcap = softcap
+        self.scale = scale
+        self.dropout = dropout
+
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias, **where)
+        self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias, **where)
+        self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias, **where)
+        self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias, **where)
+        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6, **where) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6, **where) if qk_norm else None
+        self.sink_logits = nn.Parameter(torch.empty(num_heads, **where)) if sink_logits else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise what is not a child module's."""
+        if self.sink_logits is not None:
+            nn.init.zeros_(self.sink_logits)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        key_lens: Tensor | None = None,
+        bounds: tuple[Tensor, Tensor] | None = None,
+        positions: Positions = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Attend within x, or from x to context.
+
+        Args:
+            x: [B, N, C]; or with cu_seqlens [T, C], the sequences one after another.
+            context: [B, M, C], in place of x for keys and values. The last query then stands at the last key.
+            key_mask: bool [B, M], True = visible.
+            key_lens: int32 [B], keys from there on are padding. Within x, token i stands at i whatever the padding.
+            bounds: (lo, hi), int32 [N] or [B, N]: token i sees keys lo[i] <= j < hi[i] only.
+            positions: for the rotation, in place of the tokens' places: [M] or [B, M], [T] if packed, or a pair (for
+                queries, for keys).
+            cu_seqlens: int32 [batch + 1], where each packed sequence starts and the last ends; max_seqlen: at least the
+                length of the longest. Packed sequences take no context, key_mask or bounds.
+
+        Returns:
+            Of x's shape.
+
+        Raises:
+            InvalidInput: an argument breaks the contract.
+        """
+        if (cu_seqlens is None) != (max_seqlen is None):
+            raise InvalidInput("max_seqlen", "an int with cu_seqlens, None without", max_seqlen)
+        if cu_seqlens is not None and context is not None:
+            raise InvalidInput("context", "None with packed sequences", "a tensor")
+        for name, tensor in (("x", x), ("context", x if context is None else context)):
+            self._check_input(name, tensor, packed=cu_seqlens is not None)
+        q, k, v = self._project(x, x if context is None else context)
+        call: dict[str, Any] = {
+            "causal": self.causal,
+            "window": self.window,
+            "sinks": self.sinks,
+            # Within x, a token is at one place as query and as key, however much padding key_lens cuts off.
+            "align": "start" if context is None else "end",
+            "key_mask": key_mask,
+            "key_lens": key_lens,
+            "bounds": bounds,
+            "softcap": self.softcap,
+            "scale": self.scale,
+            "sink_logits": self.sink_logits,
+            "rope": self.rope,
+            "positions": positions,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
+        out: Any
+        if cu_seqlens is not None and max_seqlen is not None:
+            out = attention_varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **call)
+        else:
+            q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+            out = attention(q, k, v, **call)
+            out = out.transpose(1, 2)
+        return self.o_proj(out.flatten(-2))
+
+    def extra_repr(self) -> str:
+        heads = f"{self.num_heads}/{self.num_kv_heads}"
+        return f"heads={heads}, causal={self.causal}, window={self.window}, sinks={self.sinks}, rope={self.rope}"
+
+    def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [..., N, Hq, D], k and v [..., M, Hkv, D]."""
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        k = self.k_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def _check_input(self, name: str, x: Tensor, packed: bool) -> None:
+        if not isinstance(x, Tensor) or x.dim() != (2 if packed else 3) or x.shape[-1] != self.embed_dim:
+            axes = f"[T, {self.embed_dim}] with cu_seqlens" if packed else f"[B, N, {self.embed_dim}]"
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise InvalidInput(name, f"a tensor {axes}", got)

@@ -1,0 +1,60 @@
+"""Swapping the attention of a model that was built with torch.nn.MultiheadAttention."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+import torch
+from torch.nn import Module
+
+from longattn.arguments import Window
+from longattn.nn.multihead import MultiheadAttention, check_options
+from longattn.rope import Rope
+
+M = TypeVar("M", bound=Module)
+
+
+def replace_attention(model: M, *, window: Window = None, sinks: int = 0, rope: Rope | None = None) -> M:
+    """Turn every torch.nn.MultiheadAttention of a model into `longattn.nn.MultiheadAttention`, in place.
+
+    The modules stay the objects they were: parameters, dtype, device, training mode, hooks and every reference to them
+    remain, and optimizers and state_dicts notice nothing. torch.nn.TransformerEncoder stops making nested tensors.
+    Modules that already are longattn's keep their options, so parts of a model can be given different ones:
+
+        replace_attention(model.encoder, window=512)
+        replace_attention(model)
+
+    Subclasses of torch.nn.MultiheadAttention and instances with a forward of their own are left alone, with a warning.
+    Replace before wrapping the model in FSDP or parametrizations, which make such subclasses.
+
+    Args:
+        model: any module; a torch.nn.MultiheadAttention itself will do.
+        window, sinks, rope: given to every module replaced, see `longattn.nn.MultiheadAttention`.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidInput: the options do not fit one of the modules; then none is replaced.
+    """
+    replaced = []
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.MultiheadAttention) or isinstance(module, MultiheadAttention):
+            continue
+        if type(module) is torch.nn.MultiheadAttention and "forward" not in vars(module):
+            check_options(module, window, sinks, rope)
+            replaced.append(module)
+        else:
+            text = f"{name or 'the model'} ({type(module).__qualname__}) has a forward of its own and is not replaced"
+            warnings.warn(text, stacklevel=2)
+    for module in replaced:
+        # A new object would lose hooks, weight tying, and references that are no child modules.
+        module.__class__ = MultiheadAttention
+        assert isinstance(module, MultiheadAttention)
+        module._set_options(window, sinks, rope)
+    for module in model.modules():
+        if isinstance(module, torch.nn.TransformerEncoder):
+            if any(isinstance(child, MultiheadAttention) for child in module.modules()):
+                module.use_nested_tensor = False
+    return model
