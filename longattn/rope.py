@@ -90,7 +90,8 @@ class Rope:
         key = regime, str(device)
         if key not in self._prepared:
             inv_freq, attention_factor = self._prepared[regime, "cpu"]
-            self._prepared[key] = inv_freq.to(device), attention_factor
+            with torch.inference_mode(False):  # what is kept must serve a later backward, too
+                self._prepared[key] = inv_freq.to(device), attention_factor
         return self._prepared[key]
 
     def tables(
@@ -187,7 +188,7 @@ class Rope:
         """
         lengths = (1, sys.maxsize)
         regimes = [1] if self.scaling is None else [self.scaling.regime(length) for length in lengths]
-        with torch.inference_mode(False):  # inference tensors could not be saved for a backward
+        with torch.inference_mode(False):  # what is kept must serve a later backward, too
             return {(regime, "cpu"): self._compute(regime) for regime in regimes if regime is not None}
 
     def _compute(self, length: int) -> Frequencies:

@@ -198,6 +198,8 @@ def test_default_dtype_device_and_inference_mode_do_not_matter():
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(rope.frequencies(1)[0], expected) and rope.frequencies(1)[0].dtype == torch.float32
+    with torch.inference_mode():
+        assert not rope.frequencies(1, "meta")[0].is_inference()
     rope.rotate(torch.randn(3, 8, requires_grad=True), torch.arange(3)).sum().backward()
 
 
