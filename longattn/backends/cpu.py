@@ -44,6 +44,9 @@ class CpuBackend(Backend):
         return found
 
     def forward(self, problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> None:
+        if problem.varlen:  # tokens outside all sequences
+            out.zero_()
+            lse.fill_(-torch.inf)
         params, keep = _params(problem, tensors, out, lse)
         native().attention_forward(params)
         del keep
@@ -67,6 +70,8 @@ class CpuBackend(Backend):
         params.delta = delta.data_ptr()
         for name, grad in (("dq", grads.q), ("dk", grads.k), ("dv", grads.v)):
             if grad is not None:
+                if problem.varlen or tensors.key_lens is not None:  # tokens outside all sequences
+                    grad.zero_()
                 setattr(params, name, _view(grad))
         if grads.q is not None:
             dq_sum = grads.q
@@ -149,7 +154,8 @@ def _view(x: Tensor) -> tuple[int, int, int, int]:
 
 def _tables(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(cos, sin), both [1 or B, N, rotated / 2] in the accumulation dtype, of the float32 angle, times factor."""
-    angle = positions.view(-1, positions.shape[-1])[..., None] * inv_freq
+    positions = positions[None] if positions.dim() == 1 else positions
+    angle = positions[..., None] * inv_freq
     if dtype == torch.float64:
         angle = angle.double()
     sin, cos = angle.sin(), angle.cos_()

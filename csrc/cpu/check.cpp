@@ -1,0 +1,132 @@
+#include "cpu/check.h"
+
+#include <initializer_list>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "errors.h"
+
+namespace longattn {
+
+namespace {
+
+constexpr int64_t kMaxElements = int64_t{1} << 60;
+
+void expect(bool condition, const char* argument, const std::string& expected, const std::string& got) {
+  if (!condition) throw InvalidInput(argument, expected, got);
+}
+
+void expect_size(const char* name, int64_t value, int64_t low, int64_t high) {
+  expect(value >= low && value <= high, name, std::to_string(low) + " to " + std::to_string(high), std::to_string(value));
+}
+
+// Addresses of all elements stay far from the ends of 64-bit numbers.
+void expect_tensor(const char* name, const Tensor4& x, std::initializer_list<int64_t> sizes) {
+  int64_t elements = 1;
+  for (int64_t size : sizes) {
+    if (size == 0) return;  // never read
+    expect(elements <= kMaxElements / size, name, "fewer than 2^60 elements", "more");
+    elements *= size;
+  }
+  expect(x.data != nullptr, name, "an address", "null");
+  const int64_t* size = sizes.begin();
+  int64_t reach = 0;
+  for (int64_t stride : {x.batch, x.head, x.token}) {
+    const int64_t steps = *size++ - 1;
+    expect(stride >= 0 && (steps == 0 || stride <= kMaxElements / steps), name, "strides of 0 to 2^60 elements",
+           std::to_string(stride));
+    reach += stride * steps;
+    expect(reach <= kMaxElements, name, "strides that reach below 2^60 elements", std::to_string(reach));
+  }
+}
+
+void expect_angles(const char* name, const Angles& angles, bool needed) {
+  expect(!needed || (angles.cos && angles.sin), name, "tables of cos and sin", "null");
+  expect(angles.batch >= 0, name, "a stride >= 0", std::to_string(angles.batch));
+}
+
+void expect_cu_seqlens(const char* name, const int32_t* cu_seqlens, int64_t batch, int64_t tokens) {
+  expect(cu_seqlens[0] >= 0, name, "a first entry >= 0", std::to_string(cu_seqlens[0]));
+  for (int64_t b = 0; b < batch; ++b)
+    expect(cu_seqlens[b] <= cu_seqlens[b + 1], name, "entries that never decrease",
+           std::to_string(cu_seqlens[b]) + " before " + std::to_string(cu_seqlens[b + 1]));
+  expect(cu_seqlens[batch] <= tokens, name, "entries of at most " + std::to_string(tokens) + ", the number of tokens",
+         std::to_string(cu_seqlens[batch]));
+}
+
+void expect_dtype(DType dtype) {
+  expect(dtype >= DType::kFloat32 && dtype <= DType::kFloat16, "dtype", "a floating type",
+         std::to_string(static_cast<int>(dtype)));
+}
+
+}  // namespace
+
+void check_forward(const AttentionParams& p) {
+  const int64_t most = int64_t{1} << 40;
+  expect_size("batch", p.batch, 0, most);
+  expect_size("q_heads", p.q_heads, 0, most);
+  expect_size("kv_heads", p.kv_heads, 1, most);
+  expect_size("nq", p.nq, 0, most);
+  expect_size("nk", p.nk, 0, most);
+  expect_size("head_dim", p.head_dim, 1, kMaxWidth);
+  expect_size("v_head_dim", p.v_head_dim, 1, kMaxWidth);
+  expect_size("threads", p.threads, 1, 4096);
+  expect_dtype(p.dtype);
+  expect(p.q_heads % p.kv_heads == 0, "q_heads", "a multiple of " + std::to_string(p.kv_heads) + " kv_heads",
+         std::to_string(p.q_heads));
+  expect_size("left", p.left, -1, INT32_MAX);
+  expect_size("right", p.right, -1, INT32_MAX);
+  expect_size("sinks", p.sinks, 0, INT32_MAX);
+  expect_size("align", p.offset, -most, most);
+  const bool packed = p.cu_seqlens_q || p.cu_seqlens_k;
+  const int64_t rows = packed ? 1 : p.batch;
+  expect_tensor("q", p.q, {rows, p.q_heads, p.nq, p.head_dim});
+  expect_tensor("k", p.k, {rows, p.kv_heads, p.nk, p.head_dim});
+  expect_tensor("v", p.v, {rows, p.kv_heads, p.nk, p.v_head_dim});
+  expect_tensor("out", p.out, {rows, p.q_heads, p.nq, p.v_head_dim});
+  const bool any = rows && p.q_heads && p.nq;
+  expect(!any || p.lse, "lse", "an address", "null");
+  expect((p.lo == nullptr) == (p.hi == nullptr), "bounds", "lo and hi", "one of them");
+  expect(p.bounds_batch >= 0, "bounds", "a stride >= 0", std::to_string(p.bounds_batch));
+  if (packed) {
+    expect(p.cu_seqlens_q && p.cu_seqlens_k, "cu_seqlens", "those of q and k", "one of them");
+    expect(!p.key_mask && !p.lo, "key_mask, bounds", "none with packed sequences", "one");
+    expect_cu_seqlens("cu_seqlens_q", p.cu_seqlens_q, p.batch, p.nq);
+    expect_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.nk);
+  }
+  expect(p.rotated >= 0 && p.rotated <= p.head_dim && p.rotated % 2 == 0, "rope", "an even width of at most head_dim",
+         std::to_string(p.rotated));
+  expect_angles("rope", p.q_angles, p.rotated && any);
+  expect_angles("rope", p.k_angles, p.rotated && any && p.nk);
+}
+
+void check_backward(const AttentionParams& p) {
+  check_forward(p);
+  const int64_t rows = p.cu_seqlens_q ? 1 : p.batch;
+  const bool any = rows && p.q_heads && p.nq;
+  expect_tensor("dout", p.dout, {rows, p.q_heads, p.nq, p.v_head_dim});
+  expect(!any || p.delta, "delta", "an address", "null");
+  if (p.dq.data) {
+    expect_tensor("dq", p.dq, {rows, p.q_heads, p.nq, p.head_dim});
+    expect_tensor("dq_sum", p.dq_sum, {rows, p.q_heads, p.nq, p.head_dim});
+  }
+  if (p.dk.data) expect_tensor("dk", p.dk, {rows, p.kv_heads, p.nk, p.head_dim});
+  if (p.dv.data) expect_tensor("dv", p.dv, {rows, p.kv_heads, p.nk, p.v_head_dim});
+}
+
+void check_rope(const RopeParams& p) {
+  const int64_t most = int64_t{1} << 40;
+  expect_size("batch", p.batch, 0, most);
+  expect_size("heads", p.heads, 0, most);
+  expect_size("tokens", p.tokens, 0, most);
+  expect_size("width", p.width, 1, most);
+  expect_size("threads", p.threads, 1, 4096);
+  expect_dtype(p.dtype);
+  expect(p.rotated >= 0 && p.rotated <= p.width && p.rotated % 2 == 0, "rope", "an even width of at most that of x",
+         std::to_string(p.rotated));
+  expect_tensor("x", p.x, {p.batch, p.heads, p.tokens, p.width});
+  expect_tensor("out", p.out, {p.batch, p.heads, p.tokens, p.width});
+  expect_angles("rope", p.angles, p.rotated && p.batch && p.heads && p.tokens);
+}
+
+}  // namespace longattn

@@ -1,0 +1,91 @@
+#include "cpu/isa.h"
+
+#include <cstdlib>
+
+#include "errors.h"
+
+namespace longattn {
+
+namespace baseline {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+namespace avx512_bf16 {
+extern const Kernels table;
+}
+namespace neon {
+extern const Kernels table;
+}
+
+namespace {
+
+struct Isa {
+  const char* name;
+  const Kernels* table;
+  bool usable;
+};
+
+// Widest first.
+std::vector<Isa> built() {
+  std::vector<Isa> list;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  (void)has_avx512;
+#endif
+#if defined(LONGATTN_HAVE_AVX512_BF16)
+  list.push_back({"avx512_bf16", &avx512_bf16::table, has_avx512 && __builtin_cpu_supports("avx512bf16")});
+#endif
+#if defined(LONGATTN_HAVE_AVX512)
+  list.push_back({"avx512", &avx512::table, has_avx512});
+#endif
+#if defined(LONGATTN_HAVE_AVX2)
+  list.push_back({"avx2", &avx2::table, has_avx2});
+#endif
+#if defined(LONGATTN_HAVE_NEON)
+  list.push_back({"neon", &neon::table, true});
+#endif
+#if defined(LONGATTN_HAVE_BASELINE)
+  list.push_back({"baseline", &baseline::table, true});
+#endif
+  return list;
+}
+
+Isa choose() {
+  const char* wanted = std::getenv("LONGATTN_CPU_ISA");
+  std::string names;
+  for (const Isa& isa : built()) {
+    if (!isa.usable) continue;
+    if (!wanted || !*wanted || std::string(wanted) == isa.name) return isa;
+    names += (names.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  throw InvalidInput("LONGATTN_CPU_ISA", "one of " + names, wanted ? wanted : "none usable");
+}
+
+const Isa& chosen() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen().table; }
+
+std::string isa() { return chosen().name; }
+
+std::vector<std::string> usable_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : built())
+    if (isa.usable) names.push_back(isa.name);
+  return names;
+}
+
+}  // namespace longattn

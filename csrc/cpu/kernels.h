@@ -1,0 +1,51 @@
+// What an instruction set provides: plain functions over one tile of work. The drivers (attention_forward.cpp, attention_backward.cpp,
+// rope.cpp) cut a call into tiles and hand them to threads; they know nothing of vectors.
+#pragma once
+
+#include <cstdint>
+
+#include "longattn/mask.h"
+#include "longattn/params.h"
+
+namespace longattn {
+
+// Rows of a query tile run over queries first and heads of the group fastest: row r is query first_query + r / group, head
+// kv_head * group + r % group. 64 rows make a panel, the unit of the kernels: its rows lie in the lanes of vectors.
+constexpr int64_t kPanelRows = 64;
+constexpr int64_t kTilePanels = 4;  // of a query tile, unless the heads of one query fill more
+constexpr int64_t kKeyBlock = 128;  // keys held in a tile
+constexpr int64_t kMaxWidth = 512;  // of a head
+
+struct QueryTile {
+  Sequence sequence;
+  int64_t kv_head;
+  int64_t first_query, queries;
+};
+
+struct KeyTile {
+  Sequence sequence;
+  int64_t kv_head;
+  int64_t first_key, keys;
+};
+
+// Called by the backward before it adds to dq rows of a query panel, and after.
+struct Turn {
+  void (*wait)(void* state, int64_t panel);
+  void (*pass)(void* state, int64_t panel);
+  void* state;
+};
+
+struct Kernels {
+  int64_t (*forward_scratch)(const AttentionParams&, int64_t panels);  // bytes
+  void (*forward)(const AttentionParams&, const QueryTile&, char* scratch);
+
+  void (*backward_delta)(const AttentionParams&, const QueryTile&);  // delta_i = rowsum(dO * O) - dLSE_i
+  int64_t (*backward_scratch)(const AttentionParams&);
+  void (*backward)(const AttentionParams&, const KeyTile&, const Turn&, char* scratch);
+  void (*backward_finish)(const AttentionParams&, const QueryTile&, char* scratch);  // dq_sum -> dq, turned back
+
+  int64_t (*rope_scratch)(const RopeParams&);
+  void (*rope)(const RopeParams&, int64_t batch, int64_t head, int64_t first, int64_t tokens, char* scratch);
+};
+
+}  // namespace longattn

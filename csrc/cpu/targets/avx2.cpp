@@ -1,0 +1,2 @@
+#define LONGATTN_TARGET avx2
+#include "cpu/kernels/table.h"

@@ -1,0 +1,2 @@
+#define LONGATTN_TARGET avx512
+#include "cpu/kernels/table.h"

@@ -1,0 +1,2 @@
+#define LONGATTN_TARGET avx512_bf16
+#include "cpu/kernels/table.h"

@@ -1,0 +1,2 @@
+#define LONGATTN_TARGET baseline
+#include "cpu/kernels/table.h"

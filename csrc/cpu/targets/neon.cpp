@@ -1,0 +1,2 @@
+#define LONGATTN_TARGET neon
+#include "cpu/kernels/table.h"

@@ -1,0 +1,16 @@
+// How a call is cut into tiles. Sizes follow from shapes alone, so that results do not depend on the number of threads.
+#pragma once
+
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace longattn {
+
+// Panels in a tile of queries.
+int64_t panels_per_tile(const AttentionParams& params);
+
+// Every tile of queries, those that see the most keys first.
+std::vector<QueryTile> query_tiles(const AttentionParams& params);
+
+}  // namespace longattn
