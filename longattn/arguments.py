@@ -414,7 +414,7 @@ def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> 
 def _number(name: str, value: float, expected: str, low: float = -math.inf, below: float = math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidInput(name, expected, _describe(value))
-    if not (math.isfinite(value) and low <= value < below):
+    if not (-math.inf < value < math.inf and low <= value < below):
         raise InvalidInput(name, expected, repr(value))
     return float(value)
 
