@@ -214,9 +214,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ) -> bool:
         """Whether the inputs are batched, or InvalidInput where they do not fit the module or each other."""
         for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
-            if x.is_nested:
-                remedy = "pad it, and make torch.nn.TransformerEncoder with enable_nested_tensor=False"
-                raise InvalidInput(name, f"a dense tensor ({remedy})", "a nested tensor")
+            if not isinstance(x, Tensor) or x.is_nested:
+                remedy = "pad nested ones, and make torch.nn.TransformerEncoder with enable_nested_tensor=False"
+                raise InvalidInput(
+                    name, f"a dense tensor ({remedy})", "a nested tensor" if isinstance(x, Tensor) else type(x).__name__
+                )
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
                 ranks = "2 (unbatched) or 3" if x is query else f"{query.dim()}, as query has,"
                 raise InvalidInput(name, f"{ranks} dimensions, the last of size {width}", f"shape {tuple(x.shape)}")
@@ -247,10 +249,11 @@ def check_options(module: torch.nn.MultiheadAttention, window: Window, sinks: in
 def _check_mask(name: str, mask: Tensor | None, shapes: list[tuple[int, ...]]) -> None:
     if mask is None:
         return
+    expected = f"a bool or floating tensor {' or '.join(str(list(shape)) for shape in shapes)}"
+    if not isinstance(mask, Tensor):
+        raise InvalidInput(name, expected, type(mask).__name__)
     if (mask.dtype != torch.bool and not mask.is_floating_point()) or tuple(mask.shape) not in shapes:
-        expected = " or ".join(str(list(shape)) for shape in shapes)
-        got = f"{str(mask.dtype)[6:]} of shape {tuple(mask.shape)}"
-        raise InvalidInput(name, f"a bool or floating tensor {expected}", got)
+        raise InvalidInput(name, expected, f"{str(mask.dtype)[6:]} of shape {tuple(mask.shape)}")
 
 
 def _in_our_terms(
@@ -290,13 +293,16 @@ def _dense_attention(
 ) -> tuple[Tensor, Tensor]:
     """(out, weights [B, H, L, S]): the weights in full, for those who ask for them; a row that sees nothing is 0."""
     scores = (q * math.sqrt(1.0 / q.shape[-1])) @ k.mT
-    visible = mask.materialize(q.shape[2], k.shape[2], key_mask=key_mask, device=q.device)[:, None]
-    if bias is not None and bias.dtype == torch.bool:
-        visible = visible & bias
-    elif bias is not None:
-        scores = scores + bias.to(scores.dtype)
-    scores = scores.masked_fill(~visible, -torch.inf)
-    blind = (scores == -torch.inf).all(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
+    if mask.left is None and mask.right is None and key_mask is None and bias is None:
+        weights = torch.softmax(scores, -1)
+    else:
+        visible = mask.materialize(q.shape[2], k.shape[2], key_mask=key_mask, device=q.device)[:, None]
+        if bias is not None and bias.dtype == torch.bool:
+            visible = visible & bias
+        elif bias is not None:
+            scores = scores + bias.to(scores.dtype)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        blind = (scores == -torch.inf).all(-1, keepdim=True)
+        weights = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
     weights = F.dropout(weights, dropout_p)
     return weights.to(v.dtype) @ v, weights

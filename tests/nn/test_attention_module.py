@@ -198,6 +198,15 @@ def test_compiles_to_one_graph(packed: bool) -> None:
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
+def test_compiles_for_any_length() -> None:
+    module = make(dropout=0.1).eval()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (5, 8):
+        x = tokens(BATCH, length)
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 def test_copies_pickles_and_autocasts() -> None:
     module = make(rope=Rope(6), window=3, sink_logits=True, qk_norm=True)
     x = tokens()

@@ -91,6 +91,7 @@ def key_padding_masks(keys: int, batch: int, batched: bool) -> Iterator[tuple[st
         ("bool", hidden),
         ("float of a bool", torch.zeros_like(added).masked_fill(hidden, -torch.inf)),
         ("float", added.masked_fill(hidden, -torch.inf)),
+        ("learned", torch.zeros_like(added, requires_grad=True)),
     ):
         yield name, {"key_padding_mask": mask if batched else mask[-1]}
 
@@ -412,6 +413,7 @@ def _ragged() -> Tensor:
         ("query", {"query": torch.randn(WIDTH)}),
         ("query", {"query": torch.randn(BATCH, LENGTH, WIDTH + 1)}),
         ("query", {"query": _ragged()}),
+        ("query", {"query": None}),
         ("key", {"key": torch.randn(KEYS, WIDTH)}),
         ("key", {"key": torch.randn(BATCH + 1, KEYS, WIDTH), "value": torch.randn(BATCH + 1, KEYS, WIDTH)}),
         ("value", {"value": torch.randn(BATCH, KEYS - 1, WIDTH)}),
@@ -419,13 +421,14 @@ def _ragged() -> Tensor:
         ("attn_mask", {"attn_mask": torch.zeros(LENGTH, KEYS + 1)}),
         ("attn_mask", {"attn_mask": torch.zeros(BATCH, LENGTH, KEYS)}),
         ("attn_mask", {"attn_mask": torch.zeros(LENGTH, KEYS, dtype=torch.int64)}),
+        ("attn_mask", {"attn_mask": [[False] * KEYS] * LENGTH}),
         ("key_padding_mask", {"key_padding_mask": torch.zeros(KEYS)}),
         ("key_padding_mask", {"key_padding_mask": torch.zeros(BATCH, LENGTH)}),
         ("key_padding_mask", {"key_padding_mask": torch.zeros(BATCH, KEYS, dtype=torch.uint8)}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_inputs(argument: str, change: dict[str, Tensor], need_weights: bool) -> None:
+def test_bad_inputs(argument: str, change: dict[str, Any], need_weights: bool) -> None:
     ours = MultiheadAttention(WIDTH, HEADS, batch_first=True)
     call = {"query": torch.randn(BATCH, LENGTH, WIDTH), "key": torch.randn(BATCH, KEYS, WIDTH)}
     call["value"] = torch.randn(BATCH, KEYS, WIDTH)
