@@ -59,7 +59,14 @@ class ReferenceBackend(Backend):
                 grad.copy_(total)
 
     def rope(
-        self, x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, interleaved: bool, inverse: bool, out: Tensor
+        self,
+        x: Tensor,
+        inv_freq: Tensor,
+        positions: Tensor,
+        factor: float,
+        interleaved: bool,
+        inverse: bool,
+        out: Tensor,
     ) -> None:
         out.copy_(_rotate(x.double(), inv_freq, positions, factor, interleaved, inverse))
 
@@ -80,7 +87,9 @@ class _Weights(NamedTuple):
 class _Part:
     """Sequences of equal lengths: the whole batch, or one packed sequence. k and v are repeated to Hq heads."""
 
-    def __init__(self, problem: Problem, tensors: Tensors, batch: slice, queries: slice, keys: slice, first: int) -> None:
+    def __init__(
+        self, problem: Problem, tensors: Tensors, batch: slice, queries: slice, keys: slice, first: int
+    ) -> None:
         self.problem, self.tensors = problem, tensors
         self.batch, self.queries, self.keys = batch, queries, keys
         self.first = first  # the first sequence's number
@@ -164,7 +173,8 @@ class _Part:
                 _rows(sums.bias, rows).add_(dscores.sum_to_size(_rows(sums.bias, rows).shape))
             if sums.alibi_slopes is not None:
                 dslopes = -(dscores * self._distance(rows)).sum((2, 3))
-                sums.alibi_slopes.add_(dslopes.sum_to_size(sums.alibi_slopes.shape))
+                total = self._of_sequences(sums.alibi_slopes)
+                total.add_(dslopes.sum_to_size(total.shape))
             if problem.softcap:
                 dscores = dscores * (1.0 - (weights.capped / problem.softcap) ** 2)
             dq[:, :, rows] = problem.scale * (dscores @ self.k)
@@ -214,10 +224,11 @@ class _Part:
 
     def _slopes(self) -> Tensor:
         assert self.tensors.alibi_slopes is not None
-        slopes = self.tensors.alibi_slopes.double()
-        if slopes.dim() == 2:
-            slopes = slopes[self.first : self.first + self.q.shape[0]]
-        return slopes[..., None, None]
+        return self._of_sequences(self.tensors.alibi_slopes).double()[..., None, None]
+
+    def _of_sequences(self, slopes: Tensor) -> Tensor:
+        """The slopes [Hq] that all sequences share, or the rows of this part's out of [B, Hq]."""
+        return slopes if slopes.dim() == 1 else slopes[self.first : self.first + self.q.shape[0]]
 
     def _dropout(self, rows: slice) -> Tensor:
         assert self.tensors.seed is not None
