@@ -1,4 +1,4 @@
-"""What the tests of attention share: the backends at hand, random calls, odd layouts, and the comparison with the book."""
+"""What the tests of attention share: the backends at hand, random calls, odd layouts, comparison with the oracle."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class _Rotation(NamedTuple):
             for_q = table.gather(1, p.clamp(0, max(0, nk - 1))) if nk else torch.zeros_like(p)
         else:
             for_q, for_k = p, torch.arange(nk)
-        angle_q, angle_k = ((x.float().view(-1, x.shape[-1], 1) * inv_freq).double() for x in (for_q, for_k))
+        angle_q, angle_k = ((torch.atleast_2d(x).float()[..., None] * inv_freq).double() for x in (for_q, for_k))
         return cls(angle_q, angle_k, factor, rope.interleaved)
 
     def turn(self, x: Tensor, angle: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ def rounding_terms(
         out: (P * E) |V|           lse: a (1 + |lse| + sum_j P_ij S_ij)   dv: (P * E)^T |dO|
         dq: |scale| (R * E) |K|    dk: |scale| (R * E)^T |Q|              dbias: R * E    dslopes: sum R * E * distance
 
-    A learned sink is one more key in these sums, with sink_logits its S and no value.
+    A learned sink is one more key in these sums, with sink_logits its S and no value. Parameters have their own units.
     """
     exact = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in keywords.items()}
     call = _forward(q.detach().double(), k.detach().double(), v.detach().double(), **exact)
@@ -267,8 +267,8 @@ def rounding_terms(
         scores = scores + bias.masked_fill(bias == -math.inf, 0.0).abs()
     kept = call.weights * call.keep
     row = (call.weights * scores).sum(-1)
-    off = e + a * (1 + scores + row[..., None])
-    terms = {"out": (kept * off) @ size_v, "lse": a * (1 + call.lse.abs() + row)}
+    accumulated = a * (1 + scores + row[..., None])
+    terms = {"out": (kept * (e + accumulated)) @ size_v, "lse": a * (1 + call.lse.abs() + row)}
     if dout is None:
         return terms
 
@@ -276,23 +276,27 @@ def rounding_terms(
     dlse = torch.zeros_like(call.lse) if dlse is None else dlse.double().abs()
     delta = (dout * (kept @ size_v)).sum(-1) + dlse
     dscores = call.weights * (call.keep * (dout @ size_v.mT) + delta[..., None])
-    dscores, kept = dscores * off, kept * off
 
     def per_kv_head(x: Tensor) -> Tensor:
         return x.unflatten(1, (k.shape[1], -1)).sum(2)
 
-    terms["q"], terms["k"] = scale * dscores @ size_k, per_kv_head(scale * dscores.mT @ size_q)
+    def off(x: Tensor) -> Tensor:
+        """Terms of sums that are rounded to x's dtype in the end."""
+        return dscores * (max(e, rounding_unit(x.dtype)) + accumulated)
+
+    terms["q"], terms["k"] = scale * off(q) @ size_k, per_kv_head(scale * off(k).mT @ size_q)
     if call.rotation is not None:
         terms["q"] = call.rotation.spread(terms["q"], call.rotation.q)
         terms["k"] = call.rotation.spread(terms["k"], call.rotation.k)
-    terms["v"] = per_kv_head(kept.mT @ dout)
+    terms["v"] = per_kv_head((kept * (e + accumulated)).mT @ dout)
     if bias is not None and bias.dtype != torch.bool:
-        terms["bias"] = dscores.sum_to_size(bias.shape)
-    if exact.get("alibi_slopes") is not None:
-        terms["alibi_slopes"] = (dscores * call.distance).sum((2, 3)).sum_to_size(exact["alibi_slopes"].shape)
-    if exact.get("sink_logits") is not None:
-        logits = exact["sink_logits"][:, None]
-        sink = (logits - call.lse).exp() * (e + a * (1 + logits.abs() + row))
+        terms["bias"] = off(keywords["bias"]).sum_to_size(bias.shape)
+    if keywords.get("alibi_slopes") is not None:
+        slopes = keywords["alibi_slopes"]
+        terms["alibi_slopes"] = (off(slopes) * call.distance).sum((2, 3)).sum_to_size(slopes.shape)
+    if keywords.get("sink_logits") is not None:
+        unit, logits = max(e, rounding_unit(keywords["sink_logits"].dtype)), exact["sink_logits"][:, None]
+        sink = (logits - call.lse).exp() * (unit + a * (1 + logits.abs() + row))
         terms["sink_logits"] = (sink * delta).sum((0, 2))
     return terms
 

@@ -171,9 +171,10 @@ def test_visible_keys_one_by_one(backend: str, dtype: torch.dtype, mask: str) ->
 @pytest.mark.parametrize("backend, dtype", backend_params(native=True))
 def test_empty(backend: str, dtype: torch.dtype, batch: int, lengths: tuple[int, int]) -> None:
     q, k, v = random_qkv(batch, (2, 1), lengths, (8, 5), dtype)
-    got = check_attention(q, k, v, backend=backend, causal=True)
-    assert not got["out"].any()
-    assert (got["lse"] == -torch.inf).all()
+    for rope in (None, longattn.Rope(4)):
+        got = check_attention(q, k, v, backend=backend, causal=True, rope=rope)
+        assert not got["out"].any()
+        assert (got["lse"] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("backend", backend_names(native=True))
