@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -56,6 +57,7 @@ def dense(
         offset = _int_tensor("align", align, ((batch,),), q.device)
         align = 0
     mask = _mask(causal, window, sinks, align)
+    dropout_p = _dropout(dropout_p)
     lo, hi = _bounds(bounds, batch, nq, q.device)
     inv_freq, factor = _frequencies(rope, q, nk)
     positions_q, positions_k = _positions(positions, rope, q.device, (batch,), nq, nk)
@@ -122,13 +124,14 @@ def packed(
     if cu_seqlens_k.shape[0] - 1 != batch:
         raise InvalidInput("cu_seqlens_k", f"{batch + 1} entries as in cu_seqlens_q", f"{cu_seqlens_k.shape[0]}")
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 0:
-            raise InvalidInput(name, "an int >= 0", repr(value))
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or not 0 <= value <= _INT32_MAX:
+            raise InvalidInput(name, "an int from 0 to 2^31 - 1", _describe(value))
     offset = None
     if isinstance(align, Tensor):
         offset = _int_tensor("align", align, ((batch,),), q.device)
         align = 0
     mask = _mask(causal, window, sinks, align)
+    dropout_p = _dropout(dropout_p)
     inv_freq, factor = _frequencies(rope, q, max_seqlen_k)
     positions_q, positions_k = _positions(positions, rope, q.device, (), tq, tk)
     tensors = Tensors(
@@ -168,6 +171,33 @@ def rotation(x: Tensor, rope: Rope, positions: Tensor | None) -> tuple[Tensor, T
     return x, inv_freq, _position_tensor("positions", positions, x.device, batch, n), factor
 
 
+def parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Check partial results, outs [..., N, Dv] and lses [..., N]."""
+    for name, tensors in (("outs", outs), ("lses", lses)):
+        if not isinstance(tensors, Sequence) or not all(isinstance(x, Tensor) for x in tensors):
+            raise InvalidInput(name, "a sequence of tensors", _describe(tensors))
+        for x in tensors:
+            _floating(name, x)
+            if x.dtype != tensors[0].dtype:
+                raise InvalidInput(name, f"dtype {tensors[0].dtype} as the first", str(x.dtype))
+            if x.device != outs[0].device:
+                raise InvalidInput(name, f"device {outs[0].device} as the first of outs", str(x.device))
+    if not outs or len(outs) != len(lses):
+        raise InvalidInput("lses", "as many as outs, at least one", f"{len(outs)} outs and {len(lses)} lses")
+    shape = tuple(outs[0].shape)
+    for out, lse in zip(outs, lses, strict=True):
+        if not shape or tuple(out.shape) != shape:
+            raise InvalidInput("outs", f"tensors [..., N, Dv] of one shape, that of the first {shape}", _describe(out))
+        if tuple(lse.shape) != shape[:-1]:
+            raise InvalidInput("lses", f"tensors of shape {shape[:-1]}", _describe(lse))
+    return list(outs), list(lses)
+
+
+def flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise InvalidInput(name, "a bool", _describe(value))
+
+
 def rotation_problem(x: Tensor, rope: Rope) -> Problem:
     """A rotation alone, described as the call it would be part of."""
     batch, heads, n, width = x.shape
@@ -202,11 +232,9 @@ def _problem(
 ) -> Problem:
     q, k, v = tensors.q, tensors.k, tensors.v
     softcap = _number("softcap", 0.0 if softcap is None else softcap, "None or a finite number >= 0", low=0.0)
-    dropout_p = _number("dropout_p", dropout_p, "a number in [0, 1)", low=0.0, below=1.0)
     width = q.shape[-1]
     scale = 1.0 / math.sqrt(width) if scale is None else _number("scale", scale, "None or a finite number")
-    if not isinstance(deterministic, bool):
-        raise InvalidInput("deterministic", "a bool", repr(deterministic))
+    flag("deterministic", deterministic)
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad
@@ -241,8 +269,6 @@ def _qkv(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[str]) -> tuple[Tensor, 
         if not isinstance(x, Tensor) or x.dim() != len(axes):
             raise InvalidInput(name, f"a tensor [{', '.join(axes)}]", _describe(x))
         _floating(name, x)
-        if x.layout != torch.strided:
-            raise InvalidInput(name, "a strided (dense) tensor", str(x.layout))
         if x.device != q.device:
             raise InvalidInput(name, f"device {q.device} as q", str(x.device))
     q, k, v = _autocast(q, k, v)
@@ -278,11 +304,16 @@ def _unit_stride(x: Tensor) -> Tensor:
 def _floating(name: str, x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise InvalidInput(name, "dtype float32, float64, bfloat16 or float16", str(x.dtype))
+    if not _is_strided(x):
+        raise InvalidInput(name, "a strided (dense) tensor", _describe(x))
+
+
+def _is_strided(x: Tensor) -> bool:
+    return x.layout == torch.strided and not x.is_nested
 
 
 def _mask(causal: bool, window: Window, sinks: int, align: str | int) -> Mask:
-    if not isinstance(causal, bool):
-        raise InvalidInput("causal", "a bool", repr(causal))
+    flag("causal", causal)
     mask = Mask.from_window(causal=causal, window=window, sinks=sinks, align=align)
     for name, value in (("window", mask.left), ("window", mask.right), ("sinks", mask.sinks), ("align", mask.offset)):
         if value is not None and not -_INT32_MAX <= value <= _INT32_MAX:
@@ -293,9 +324,7 @@ def _mask(causal: bool, window: Window, sinks: int, align: str | int) -> Mask:
 def _key_mask(key_mask: Tensor | None, batch: int, nk: int, device: torch.device) -> Tensor | None:
     if key_mask is None:
         return None
-    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool or tuple(key_mask.shape) != (batch, nk):
-        raise InvalidInput("key_mask", f"a bool tensor [{batch}, {nk}], True = visible", _describe(key_mask))
-    return _on_device("key_mask", key_mask, device)
+    return _tensor("key_mask", key_mask, "bool (True = visible)", (torch.bool,), ((batch, nk),), device)
 
 
 def _bounds(
@@ -317,6 +346,8 @@ def _bias(bias: Tensor | None, shape: tuple[int, ...], device: torch.device) -> 
     expected = f"a floating or bool tensor broadcastable to {shape}"
     if not isinstance(bias, Tensor) or bias.dtype not in (*DTYPES, torch.bool) or bias.dim() > 4:
         raise InvalidInput("bias", expected, _describe(bias))
+    if not _is_strided(bias):
+        raise InvalidInput("bias", expected, _describe(bias))
     while bias.dim() < 4:
         bias = bias[None]
     if any([size != 1 and size != full for size, full in zip(bias.shape, shape, strict=True)]):
@@ -327,27 +358,22 @@ def _bias(bias: Tensor | None, shape: tuple[int, ...], device: torch.device) -> 
 def _floats(
     name: str, x: Tensor | None, shapes: Sequence[tuple[int, ...]], device: torch.device
 ) -> Tensor | None:
-    if x is None:
-        return None
-    if not isinstance(x, Tensor) or x.dtype not in DTYPES or tuple(x.shape) not in shapes:
-        expected = " or ".join([str(list(shape)) for shape in shapes])
-        raise InvalidInput(name, f"a floating tensor {expected}", _describe(x))
-    return _on_device(name, x, device)
+    return None if x is None else _tensor(name, x, "floating", DTYPES, shapes, device)
 
 
 def _int_tensor(name: str, x: object, shapes: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
-    if not isinstance(x, Tensor) or x.dtype not in _INTEGERS or tuple(x.shape) not in shapes:
-        expected = " or ".join([str(list(shape)) for shape in shapes])
-        raise InvalidInput(name, f"an int32 tensor {expected}", _describe(x))
-    if x.dtype == torch.int64:
-        x = x.clamp(-_INT32_MAX, _INT32_MAX).to(torch.int32)
-    return _on_device(name, x, device)
+    return _to_int32(_tensor(name, x, "int32", _INTEGERS, shapes, device))
 
 
-def _cu_seqlens(name: str, x: Tensor, device: torch.device) -> Tensor:
-    if not isinstance(x, Tensor) or x.dtype not in _INTEGERS or x.dim() != 1 or x.shape[0] < 1:
+def _cu_seqlens(name: str, x: object, device: torch.device) -> Tensor:
+    if not isinstance(x, Tensor) or x.dim() != 1 or x.shape[0] < 1:
         raise InvalidInput(name, "an int32 tensor [batch + 1]", _describe(x))
-    return _on_device(name, x.to(torch.int32), device)
+    return _to_int32(_tensor(name, x, "int32", _INTEGERS, (tuple(x.shape),), device))
+
+
+def _to_int32(x: Tensor) -> Tensor:
+    """Numbers beyond 32 bits become the largest ones, which mean the same: beyond all tokens."""
+    return x.clamp(-_INT32_MAX, _INT32_MAX).to(torch.int32) if x.dtype == torch.int64 else x
 
 
 def _frequencies(rope: Rope | None, q: Tensor, length: int) -> tuple[Tensor | None, float]:
@@ -381,11 +407,8 @@ def _positions(
 
 
 def _position_tensor(name: str, x: object, device: torch.device, batch: tuple[int, ...], n: int) -> Tensor:
-    shapes = ((n,), (*batch, n))
-    if not isinstance(x, Tensor) or x.dtype not in (*_INTEGERS, torch.float32) or tuple(x.shape) not in shapes:
-        expected = " or ".join([str(list(shape)) for shape in dict.fromkeys(shapes)])
-        raise InvalidInput(name, f"an int or float32 tensor {expected}", _describe(x))
-    return _on_device(name, x, device).to(torch.float32)
+    shapes = ((n,), (*batch, n)) if batch else ((n,),)
+    return _tensor(name, x, "int or float32", (*_INTEGERS, torch.float32), shapes, device).to(torch.float32)
 
 
 def _check_reach(mask: Mask, nq: int, nk: int) -> None:
@@ -397,26 +420,47 @@ def _check_reach(mask: Mask, nq: int, nk: int) -> None:
         )
 
 
+def _dropout(dropout_p: float) -> float:
+    return _number("dropout_p", dropout_p, "a number in [0, 1)", low=0.0, below=1.0)
+
+
 def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    expected = "None, an int of 64 bits, or an int64 tensor with one entry"
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or not _is_strided(seed) or seed.numel() != 1 or seed.is_meta:
+            raise InvalidInput("seed", expected, _describe(seed))
+        return seed.reshape(1).to(device) if dropout_p else None
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
+        raise InvalidInput("seed", expected, _describe(seed))
     if not dropout_p:
         return None
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64).to(device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise InvalidInput("seed", "None, an int, or an int64 tensor with one entry", _describe(seed))
-        return seed.reshape(1).to(device)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise InvalidInput("seed", "None, an int of 64 bits, or an int64 tensor with one entry", repr(seed))
     return torch.tensor([seed], dtype=torch.int64, device=device)
 
 
 def _number(name: str, value: float, expected: str, low: float = -math.inf, below: float = math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidInput(name, expected, _describe(value))
-    if not (-math.inf < value < math.inf and low <= value < below):
+    if not (-sys.float_info.max <= value <= sys.float_info.max and low <= value < below):
         raise InvalidInput(name, expected, repr(value))
     return float(value)
+
+
+def _tensor(
+    name: str,
+    x: object,
+    what: str,
+    dtypes: Sequence[torch.dtype],
+    shapes: Sequence[tuple[int, ...]],
+    device: torch.device,
+) -> Tensor:
+    """x itself, a strided tensor of one of these dtypes and shapes on q's device."""
+    if not isinstance(x, Tensor) or x.dtype not in dtypes or not _is_strided(x) or tuple(x.shape) not in shapes:
+        listing = " or ".join([str(list(shape)) for shape in shapes])
+        article = "an" if what[0] in "aeiou" else "a"
+        raise InvalidInput(name, f"{article} {what} tensor {listing}", _describe(x))
+    return _on_device(name, x, device)
 
 
 def _on_device(name: str, x: Tensor, device: torch.device) -> Tensor:
@@ -427,5 +471,7 @@ def _on_device(name: str, x: Tensor, device: torch.device) -> Tensor:
 
 def _describe(x: object) -> str:
     if isinstance(x, Tensor):
+        if not _is_strided(x):
+            return f"{'nested' if x.is_nested else str(x.layout)[6:]} tensor"
         return f"{str(x.dtype)[6:]} tensor of shape {tuple(x.shape)}"
     return f"{type(x).__name__} {x!r}"[:80]

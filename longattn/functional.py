@@ -12,7 +12,6 @@ from torch import Tensor
 from longattn import arguments, ops
 from longattn.arguments import Positions, Window
 from longattn.backends import registry
-from longattn.errors import InvalidInput
 from longattn.problem import Problem
 from longattn.rope import Rope
 
@@ -99,6 +98,7 @@ def attention(
         seed=seed,
         deterministic=deterministic,
     )
+    arguments.flag("return_lse", return_lse)
     out, lse = ops.attention(tensors, problem, registry.select(problem, backend).name)
     return (out, lse) if return_lse else out
 
@@ -174,6 +174,7 @@ def attention_varlen(
         seed=seed,
         deterministic=deterministic,
     )
+    arguments.flag("return_lse", return_lse)
     out, lse = ops.attention(tensors, problem, registry.select(problem, backend).name)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
@@ -195,14 +196,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     Raises:
         InvalidInput: no parts, or parts that do not fit each other.
     """
-    outs, lses = list(outs), list(lses)
-    if not outs or len(outs) != len(lses):
-        raise InvalidInput("lses", "as many as outs, at least one", f"{len(outs)} outs and {len(lses)} lses")
-    for out, lse in zip(outs, lses, strict=True):
-        if not isinstance(out, Tensor) or out.shape != outs[0].shape or out.dtype != outs[0].dtype:
-            raise InvalidInput("outs", f"tensors of one dtype and shape {tuple(outs[0].shape)}", repr(type(out)))
-        if not isinstance(lse, Tensor) or lse.shape != out.shape[:-1]:
-            raise InvalidInput("lses", f"tensors of shape {tuple(out.shape[:-1])}", f"{getattr(lse, 'shape', lse)}")
+    outs, lses = arguments.parts(outs, lses)
     stacked = torch.stack(lses)
     largest = stacked.detach().amax(0)
     largest = torch.where(largest == -torch.inf, 0.0, largest)

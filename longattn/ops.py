@@ -15,7 +15,7 @@ from longattn.backends import registry
 from longattn.backends.base import Gradients
 from longattn.errors import Unsupported
 from longattn.mask import Mask
-from longattn.problem import Problem, Tensors, present_features
+from longattn.problem import Problem, Tensors, check_sequences, present_features
 
 _REQUIRED = ("q", "k", "v")
 _TENSORS = ", ".join(f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in Tensors._fields)
@@ -140,6 +140,8 @@ def _fixed_arity(grads: Gradients, like: Tensor) -> tuple[Tensor, ...]:
 
 def _attention_impl(*args: Any) -> tuple[Tensor, Tensor]:
     tensors, problem, backend = _unflatten(args)
+    if problem.varlen and problem.device == "cpu":
+        check_sequences(tensors, problem)
     out, lse = _empty_results(tensors)
     registry.get(backend).forward(problem, tensors, out, lse)
     return out, lse

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longattn.errors import InvalidInput
 from longattn.mask import Mask
 
 
@@ -109,3 +110,22 @@ def present_features(tensors: Tensors, softcap: float, dropout_p: float) -> tupl
         "varlen": tensors.cu_seqlens_q is not None,
     }
     return tuple([name for name in FEATURES if used[name]])
+
+
+def check_sequences(tensors: Tensors, problem: Problem) -> None:
+    """Read what cu_seqlens hold.
+
+    Raises:
+        InvalidInput: they decrease, leave the packed tokens, or hold a sequence longer than max_seqlen.
+    """
+    for side, cu_seqlens, tokens, longest in (
+        ("q", tensors.cu_seqlens_q, problem.nq, problem.max_seqlen_q),
+        ("k", tensors.cu_seqlens_k, problem.nk, problem.max_seqlen_k),
+    ):
+        assert cu_seqlens is not None
+        entries = cu_seqlens.tolist()
+        if entries != sorted(entries) or entries[0] < 0 or entries[-1] > tokens:
+            raise InvalidInput(f"cu_seqlens_{side}", f"entries of 0 to {tokens} that never decrease", f"{entries}"[:80])
+        length = max([stop - start for start, stop in zip(entries, entries[1:], strict=False)], default=0)
+        if length > longest:
+            raise InvalidInput(f"max_seqlen_{side}", f"at least {length}, the length of a sequence", f"{longest}")

@@ -23,7 +23,7 @@ def get(name: str) -> Backend:
     Raises:
         InvalidInput: there is none of that name.
     """
-    if name not in _BY_NAME:
+    if not isinstance(name, str) or name not in _BY_NAME:
         raise InvalidInput("backend", f"'auto' or one of {', '.join(map(repr, _BY_NAME))}", repr(name))
     return _BY_NAME[name]
 
