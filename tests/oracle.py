@@ -124,6 +124,12 @@ def rotate(x: Tensor, rope: Any, positions: Tensor) -> Tensor:
     return rotation.turn(x, rotation.q)
 
 
+def rotate_terms(x: Tensor, rope: Any, positions: Tensor) -> Tensor:
+    """The terms of `rotate`'s sums, without their signs."""
+    rotation = _Rotation.of(rope, (positions, positions), positions, x.shape[2], None)
+    return rotation.spread(x.double().abs(), rotation.q)
+
+
 class _Forward(NamedTuple):
     """Matrices of one call, [B, Hq, Nq, Nk] unless said otherwise."""
 
