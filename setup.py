@@ -39,8 +39,15 @@ CSRC = Path("csrc")
 # Machine -> instruction sets, each with the flags that its one file in csrc/cpu/targets is compiled with.
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2)
+AVX512_BF16 = (*AVX512, "-mavx512bf16")
 TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {"baseline": (), "avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")},
+    "x86_64": {
+        "baseline": (),
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512_bf16": AVX512_BF16,
+        "amx_bf16": (*AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+    },
     "aarch64": {"baseline": (), "neon": ()},
 }
 PORTABLE: dict[str, tuple[str, ...]] = {"baseline": ()}

@@ -144,7 +144,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope", &longattn::rope, release);
 
   m.def("isa", &longattn::isa, "The instruction set in use.");
-  m.def("isas", &longattn::usable_isas, "The instruction sets that were built and run here, widest first.");
+  m.def("isas", &longattn::usable_isas, "The instruction sets that were built and run here, fastest first.");
 
   // For the cross-test with longattn/mask.py; -1: unbounded.
   m.def("mask_allows", [](int64_t left, int64_t right, int64_t sinks, int64_t position, int64_t key) {

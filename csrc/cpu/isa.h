@@ -8,10 +8,10 @@
 
 namespace longattn {
 
-// The widest that this machine runs, or the one named by the environment's LONGATTN_CPU_ISA when first asked.
+// The fastest that this machine runs, or the one named by the environment's LONGATTN_CPU_ISA when first asked.
 const Kernels& kernels();
 std::string isa();
-// All that were built and run here, widest first.
+// All that were built and run here, fastest first.
 std::vector<std::string> usable_isas();
 
 }  // namespace longattn

@@ -13,29 +13,41 @@
 namespace longattn {
 namespace {
 
-template <class T>
+template <class Operands>
 struct BackwardScratch {
-  T *keys, *values, *dkeys, *dvalues;         // [128][width]
-  T *query_rows, *dout_rows, *dquery_rows;    // [64][width]
-  T *queries, *douts;                         // [width][64]
-  T *weights, *dscores;                       // [128][64]
-  int64_t key_width, value_width, bytes;
+  using T = typename Operands::Sum;
+  using Operand = typename Operands::Operand;
+  Operand *keys, *values, *keys_across;                      // left
+  Operand *queries, *douts, *query_rows_right, *dout_rows_right;
+  Operand *weights, *dscores_left, *dscores_right;
+  T *dkeys, *dvalues;                                        // [keys][width]
+  T *query_rows, *dout_rows, *dqueries, *dquery_rows;        // [64][width], dqueries [width][64]
+  T *scores, *dscores;                                       // [keys][64]
+  T* staging;
+  int64_t bytes;
 
   BackwardScratch(const AttentionParams& p, char* base) {
+    const int64_t key_width = row_width(p.head_dim), value_width = row_width(p.v_head_dim);
     Arena arena{base};
-    key_width = round_up(p.head_dim, 16);
-    value_width = round_up(p.v_head_dim, 16);
-    keys = arena.take<T>(kKeyBlock * key_width);
-    values = arena.take<T>(kKeyBlock * value_width);
-    dkeys = arena.take<T>(kKeyBlock * key_width);
-    dvalues = arena.take<T>(kKeyBlock * value_width);
+    keys = arena.take<Operand>(Operands::left_size(p.head_dim));
+    values = arena.take<Operand>(Operands::left_size(p.v_head_dim));
+    keys_across = arena.take<Operand>(Operands::across_size(p.head_dim));
+    dkeys = arena.take<T>(kKeyRows * key_width);
+    dvalues = arena.take<T>(kKeyRows * value_width);
     query_rows = arena.take<T>(kPanelRows * key_width);
     dout_rows = arena.take<T>(kPanelRows * value_width);
+    queries = arena.take<Operand>(Operands::panel_size(p.head_dim));
+    douts = arena.take<Operand>(Operands::panel_size(p.v_head_dim));
+    query_rows_right = arena.take<Operand>(Operands::rows_size(p.head_dim));
+    dout_rows_right = arena.take<Operand>(Operands::rows_size(p.v_head_dim));
+    scores = arena.take<T>(kKeyRows * kPanelRows);
+    dscores = arena.take<T>(kKeyRows * kPanelRows);
+    weights = arena.take<Operand>(kKeyRows * kPanelRows);
+    dscores_left = arena.take<Operand>(kKeyRows * kPanelRows);
+    dscores_right = arena.take<Operand>(kKeyRows * kPanelRows);
+    dqueries = arena.take<T>(kPanelRows * key_width);
     dquery_rows = arena.take<T>(kPanelRows * key_width);
-    queries = arena.take<T>(kPanelRows * key_width);
-    douts = arena.take<T>(kPanelRows * value_width);
-    weights = arena.take<T>(kKeyBlock * kPanelRows);
-    dscores = arena.take<T>(kKeyBlock * kPanelRows);
+    staging = arena.take<T>(kPanelRows * larger(key_width, value_width));
     bytes = arena.used;
   }
 };
@@ -68,44 +80,47 @@ void delta_tile(const AttentionParams& p, const QueryTile& tile) {
   }
 }
 
-// P in place of the scores, dS in place of dP. Lanes that see nothing, or hold no row, have lse +inf here, so P is 0.
+// Where each of 64 lanes stands in the softmax. Lanes that see nothing, or hold no row, have lse +inf, so that P is 0.
 template <class T>
-inline void weigh(const Panel& panel, int64_t base, int64_t keys, T exponent, T* scores, T* dscores) {
+struct LaneSoftmax {
+  alignas(64) T lse[kPanelRows];  // times log2 e
+  alignas(64) T delta[kPanelRows];
+
+  explicit LaneSoftmax(const Panel& panel) {
+    for (int64_t r = 0; r < kPanelRows; ++r) {
+      lse[r] = T(kInfinity);
+      delta[r] = T(0);
+      if (r >= panel.rows) continue;
+      const int64_t index = row_index(panel, locate(panel, r));
+      const T found = *at<T>(panel.params->lse, index);
+      if (found != T(-kInfinity)) lse[r] = static_cast<T>(found * kLog2e);
+      delta[r] = *at<T>(panel.params->delta, index);
+    }
+  }
+};
+
+// P from S, and dS from P and dP, as operands.
+template <class Operands, class T = typename Operands::Sum>
+inline void weigh(const LaneSoftmax<T>& lanes, int64_t keys, T exponent, const T* scores, const T* dweights,
+                  typename Operands::Operand* weights, typename Operands::Operand* dscores_left,
+                  typename Operands::Operand* dscores_right) {
   constexpr int W = kWidth<T>;
-  constexpr int kVectors = kPanelRows / W;
-  const AttentionParams& p = *panel.params;
-  alignas(64) T reference[kPanelRows], delta[kPanelRows];
-  for (int64_t r = 0; r < kPanelRows; ++r) {
-    reference[r] = T(kInfinity);
-    delta[r] = T(0);
-    if (r >= panel.rows) continue;
-    const int64_t index = row_index(panel, locate(panel, r));
-    const T lse = *at<T>(p.lse, index);
-    if (lse != T(-kInfinity)) reference[r] = static_cast<T>(lse * kLog2e);
-    delta[r] = *at<T>(p.delta, index);
-  }
-  const bool* visible = p.key_mask ? p.key_mask + panel.sequence.index * p.nk + base : nullptr;
-  const int64_t full_start = panel.range.full_start - base, full_stop = panel.range.full_stop - base;
-  LaneLimits<T> limits;
-  if (full_start > 0 || full_stop < keys) lane_limits<T>(panel, base, keys, &limits);
-  for (int64_t j = 0; j < keys; ++j) {
-    T* row = scores + j * kPanelRows;
-    T* drow = dscores + j * kPanelRows;
-    if (visible && !visible[j]) {
-      std::memset(row, 0, kPanelRows * sizeof(T));
-      std::memset(drow, 0, kPanelRows * sizeof(T));
-      continue;
+  for (int64_t j = 0; j < keys; j += 2)
+    for (int n = 0; n < kPanelRows; n += W) {
+      Vec<T> dscore[2] = {};
+      for (int64_t i = 0; i < 2 && j + i < keys; ++i) {
+        const int64_t at = (j + i) * kPanelRows + n;
+        const Vec<T> weight = exp2<T, Operands::kExpTerms>(load<T>(scores + at) * exponent - load<T>(lanes.lse + n));
+        const Vec<T> difference = weight * (load<T>(dweights + at) - load<T>(lanes.delta + n));
+        dscore[i] = weight == Vec<T>{} ? Vec<T>{} : difference;  // 0 times NaN or inf is no gradient
+        Operands::store_left(weights, j + i, n, weight);
+        Operands::store_left(dscores_left, j + i, n, dscore[i]);
+      }
+      Operands::store_right(dscores_right, j, n, dscore[0], dscore[1]);
     }
-    const bool partial = j < full_start || j >= full_stop;
-    const bool sink = base + j < p.sinks;
-    for (int n = 0; n < kVectors; ++n) {
-      Vec<T> weight = exp2<T>(load<T>(row + n * W) * exponent - load<T>(reference + n * W));
-      if (partial) weight = sees<T>(limits, n * W, static_cast<Int<T>>(j), sink) ? weight : Vec<T>{};
-      const Vec<T> dscore = weight * (load<T>(drow + n * W) - load<T>(delta + n * W));
-      store<T>(row + n * W, weight);
-      store<T>(drow + n * W, weight == Vec<T>{} ? Vec<T>{} : dscore);  // 0 times NaN or inf is no gradient
-    }
-  }
+  Operands::pad_left(weights, keys);
+  Operands::pad_left(dscores_left, keys);
+  Operands::pad_right(dscores_right, keys);
 }
 
 // Queries that can see one of the keys [first, last): [from, to).
@@ -115,21 +130,41 @@ inline void queries_of_keys(const AttentionParams& p, const Sequence& s, int64_t
   *to = p.left < 0 || first < p.sinks ? s.lq : smaller(s.lq, last + p.left - s.shift);
 }
 
+// sum += factor * part, for each row of a panel of dq.
 template <class T>
+inline void add_dq(const Panel& panel, T factor, const T* part) {
+  const AttentionParams& p = *panel.params;
+  const int64_t width = row_width(p.head_dim);
+  for (int64_t r = 0; r < panel.rows; ++r) {
+    const Row row = locate(panel, r);
+    T* sum = reinterpret_cast<T*>(p.dq_sum.data) + panel.sequence.row * p.dq_sum.batch + row.head * p.dq_sum.head +
+             row.token * p.dq_sum.token;
+    for (int64_t c = 0; c < p.head_dim; ++c) sum[c] += factor * part[r * width + c];
+  }
+}
+
+template <class Operands>
 void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& turn, char* memory) {
+  using T = typename Operands::Sum;
   const Sequence& s = tile.sequence;
-  const BackwardScratch<T> scratch(p, memory);
-  const int64_t kw = scratch.key_width, vw = scratch.value_width;
+  const BackwardScratch<Operands> scratch(p, memory);
+  [[maybe_unused]] const typename Operands::Registers registers;
+  const int64_t key_width = row_width(p.head_dim), value_width = row_width(p.v_head_dim);
   const ScoreScale scale = score_scale(p);
   const T exponent = static_cast<T>(scale.exponent);
   const int64_t group = p.q_heads / p.kv_heads, rows = s.lq * group;
   const int64_t first = tile.first_key, last = tile.first_key + tile.keys;
   const bool rotated = p.rotated > 0;
 
-  load_keys<T>(p, s, tile.kv_head, p.k, first, tile.keys, p.head_dim, kw, rotated, scratch.keys);
-  load_keys<T>(p, s, tile.kv_head, p.v, first, tile.keys, p.v_head_dim, vw, false, scratch.values);
-  std::memset(scratch.dkeys, 0, tile.keys * kw * sizeof(T));
-  std::memset(scratch.dvalues, 0, tile.keys * vw * sizeof(T));
+  Operands::load_left(p, s, tile.kv_head, p.k, first, tile.keys, p.head_dim, rotated, scratch.keys, scratch.staging);
+  Operands::load_left(p, s, tile.kv_head, p.v, first, tile.keys, p.v_head_dim, false, scratch.values, scratch.staging);
+  const auto* keys_across = Operands::across(scratch.keys, tile.keys, p.head_dim, scratch.keys_across);
+  std::memset(scratch.dkeys, 0, tile.keys * key_width * sizeof(T));
+  std::memset(scratch.dvalues, 0, tile.keys * value_width * sizeof(T));
+  // In place where an operand is a matrix of the accumulation type.
+  auto* weights = Operands::weights(scratch.scores, scratch.weights);
+  auto* dscores_left = Operands::weights(scratch.dscores, scratch.dscores_left);
+  auto* dscores_right = Operands::weights(scratch.dscores, scratch.dscores_right);
 
   int64_t from_query, to_query;
   queries_of_keys(p, s, first, last, &from_query, &to_query);
@@ -145,33 +180,29 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
     if (from >= to) continue;
     const int64_t keys = to - from, skip = from - first;
 
-    load_panel<T>(panel, p.q, p.head_dim, kw, static_cast<T>(scale.query), rotated, scratch.query_rows);
-    load_panel<T>(panel, p.dout, p.v_head_dim, vw, T(1), false, scratch.dout_rows);
-    transpose<T>(scratch.query_rows, kw, kPanelRows, kw, scratch.queries, kPanelRows);
-    transpose<T>(scratch.dout_rows, vw, kPanelRows, vw, scratch.douts, kPanelRows);
-    product<T, Order::kRowMajor>(keys, kPanelRows, p.head_dim, scratch.keys + skip * kw, kw, scratch.queries,
-                                 kPanelRows, scratch.weights, kPanelRows, {Start<T>::kZero, nullptr});
-    product<T, Order::kRowMajor>(keys, kPanelRows, p.v_head_dim, scratch.values + skip * vw, vw, scratch.douts,
-                                 kPanelRows, scratch.dscores, kPanelRows, {Start<T>::kZero, nullptr});
-    weigh<T>(panel, from, keys, exponent, scratch.weights, scratch.dscores);
-    if (p.dv.data)
-      product<T, Order::kRowMajor>(keys, vw, kPanelRows, scratch.weights, kPanelRows, scratch.dout_rows, vw,
-                                   scratch.dvalues + skip * vw, vw, {Start<T>::kAdd, nullptr});
-    if (p.dk.data)
-      product<T, Order::kRowMajor>(keys, kw, kPanelRows, scratch.dscores, kPanelRows, scratch.query_rows, kw,
-                                   scratch.dkeys + skip * kw, kw, {Start<T>::kAdd, nullptr});
+    load_panel<T>(panel, p.q, p.head_dim, key_width, static_cast<T>(scale.query), rotated, scratch.query_rows);
+    load_panel<T>(panel, p.dout, p.v_head_dim, value_width, T(1), false, scratch.dout_rows);
+    Operands::right_of_transposed_rows(scratch.query_rows, p.head_dim, scratch.queries, scratch.staging);
+    Operands::right_of_transposed_rows(scratch.dout_rows, p.v_head_dim, scratch.douts, scratch.staging);
+    Operands::left_times_panel(keys, p.head_dim, scratch.keys, skip, scratch.queries, scratch.scores);
+    Operands::left_times_panel(keys, p.v_head_dim, scratch.values, skip, scratch.douts, scratch.dscores);
+    hide<T>(panel, from, keys, scratch.scores);
+    weigh<Operands>(LaneSoftmax<T>(panel), keys, exponent, scratch.scores, scratch.dscores, weights, dscores_left,
+                    dscores_right);
+    if (p.dv.data) {
+      const auto* douts = Operands::right_of_rows(scratch.dout_rows, p.v_head_dim, scratch.dout_rows_right);
+      Operands::add_weights_times_rows(keys, p.v_head_dim, weights, douts, scratch.dvalues + skip * value_width);
+    }
+    if (p.dk.data) {
+      const auto* queries = Operands::right_of_rows(scratch.query_rows, p.head_dim, scratch.query_rows_right);
+      Operands::add_weights_times_rows(keys, p.head_dim, dscores_left, queries, scratch.dkeys + skip * key_width);
+    }
     if (p.dq.data) {
-      product<T, Order::kColumnMajor>(kPanelRows, kw, keys, scratch.dscores, kPanelRows, scratch.keys + skip * kw, kw,
-                                      scratch.dquery_rows, kw, {Start<T>::kZero, nullptr});
+      Operands::across_times_weights(p.head_dim, keys, keys_across, skip, dscores_right, scratch.dqueries,
+                                     {Start<T>::kZero, nullptr});
+      transpose<T>(scratch.dqueries, kPanelRows, key_width, kPanelRows, scratch.dquery_rows, key_width);
       turn.wait(turn.state, n);
-      const T factor = static_cast<T>(p.scale);
-      for (int64_t r = 0; r < panel.rows; ++r) {
-        const Row row = locate(panel, r);
-        T* sum = reinterpret_cast<T*>(p.dq_sum.data) + s.row * p.dq_sum.batch + row.head * p.dq_sum.head +
-                 row.token * p.dq_sum.token;
-        const T* part = scratch.dquery_rows + r * kw;
-        for (int64_t c = 0; c < p.head_dim; ++c) sum[c] += factor * part[c];
-      }
+      add_dq<T>(panel, static_cast<T>(p.scale), scratch.dquery_rows);
       turn.pass(turn.state, n);
     }
   }
@@ -180,13 +211,13 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
   for (int64_t j = 0; j < tile.keys; ++j) {
     const int64_t token = s.k_start + first + j;
     if (p.dk.data) {
-      T* row = scratch.dkeys + j * kw;
+      T* row = scratch.dkeys + j * key_width;
       for (int64_t c = 0; c < p.head_dim; ++c) row[c] *= factor;
       if (rotated) rotate_row(row, p.rotated, p.k_angles, s.index, token, p.interleaved, true);
       store_row(row, p.dtype, p.head_dim, row_address(p.dk, p.dtype, s.row, tile.kv_head, token));
     }
     if (p.dv.data)
-      store_row(scratch.dvalues + j * vw, p.dtype, p.v_head_dim,
+      store_row(scratch.dvalues + j * value_width, p.dtype, p.v_head_dim,
                 row_address(p.dv, p.dtype, s.row, tile.kv_head, token));
   }
 }

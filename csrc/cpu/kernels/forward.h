@@ -9,8 +9,7 @@
 
 #include <cmath>
 
-#include "cpu/kernels/gemm.h"
-#include "cpu/kernels/panel.h"
+#include "cpu/kernels/operands.h"
 
 namespace longattn {
 namespace {
@@ -35,57 +34,66 @@ struct PanelState {  // of the online softmax; lanes
   alignas(64) T decay[kPanelRows];    // exp2(c m - c m')
 };
 
-template <class T>
+template <class Operands>
 struct ForwardScratch {
-  T *queries, *rows, *keys, *values, *scores, *sums;
+  using T = typename Operands::Sum;
+  using Operand = typename Operands::Operand;
+  Operand *queries, *keys, *values, *values_across, *weights;
+  T *rows, *staging, *scores, *sums;
   PanelState<T>* states;
   Panel* panels;
-  int64_t key_width, value_width, bytes;
+  int64_t bytes;
 
   ForwardScratch(const AttentionParams& p, int64_t count, char* base) {
     Arena arena{base};
-    key_width = round_up(p.head_dim, 16);
-    value_width = round_up(p.v_head_dim, 16);
-    queries = arena.take<T>(count * p_padded(p.head_dim) * kPanelRows);    // [panel][D][64]
-    sums = arena.take<T>(count * p_padded(p.v_head_dim) * kPanelRows);     // [panel][Dv][64]
+    queries = arena.take<Operand>(count * Operands::panel_size(p.head_dim));  // Q^T, right, of each panel
+    sums = arena.take<T>(count * kPanelRows * row_width(p.v_head_dim));       // O^T [Dv][64] of each panel
     states = arena.take<PanelState<T>>(count);
     panels = arena.take<Panel>(count);
-    rows = arena.take<T>(kPanelRows * larger(key_width, value_width));      // [64][width]
-    keys = arena.take<T>(kKeyBlock * key_width);
-    values = arena.take<T>(kKeyBlock * value_width);
-    scores = arena.take<T>(kKeyBlock * kPanelRows);                         // [keys][64]
+    rows = arena.take<T>(kPanelRows * larger(row_width(p.head_dim), row_width(p.v_head_dim)));
+    staging = arena.take<T>(kPanelRows * row_width(p.head_dim));
+    keys = arena.take<Operand>(Operands::left_size(p.head_dim));
+    values = arena.take<Operand>(Operands::left_size(p.v_head_dim));
+    values_across = arena.take<Operand>(Operands::across_size(p.v_head_dim));
+    scores = arena.take<T>(kKeyRows * kPanelRows);         // S [keys][64]
+    weights = arena.take<Operand>(kKeyRows * kPanelRows);  // P, right
     bytes = arena.used;
   }
-  static int64_t p_padded(int64_t width) { return round_up(width, 16); }
 };
 
-// Scores of keys [first, first + keys) relative to `base` become -inf where a query must not see the key, then weights; the
-// state moves on. `full` rows, those of [full_start, full_stop), need no test.
+// Scores of keys [base, base + keys) become -inf where a query must not see the key.
 template <class T>
-inline void softmax_step(const Panel& panel, int64_t base, int64_t keys, T exponent, T* scores, PanelState<T>* state) {
+inline void hide(const Panel& panel, int64_t base, int64_t keys, T* scores) {
   constexpr int W = kWidth<T>;
-  constexpr int kVectors = kPanelRows / W;
   const AttentionParams& p = *panel.params;
   const bool* visible = p.key_mask ? p.key_mask + panel.sequence.index * p.nk + base : nullptr;
   const int64_t full_start = panel.range.full_start - base, full_stop = panel.range.full_stop - base;
+  const bool partial = full_start > 0 || full_stop < keys;
+  if (!visible && !partial) return;
   const Vec<T> hidden = splat<T>(-kInfinity);
   LaneLimits<T> limits;
-  if (full_start > 0 || full_stop < keys) lane_limits<T>(panel, base, keys, &limits);
+  if (partial) lane_limits<T>(panel, base, keys, &limits);
   for (int64_t j = 0; j < keys; ++j) {
     T* row = scores + j * kPanelRows;
     if (visible && !visible[j]) {
-      for (int n = 0; n < kVectors; ++n) store<T>(row + n * W, hidden);
+      for (int n = 0; n < kPanelRows; n += W) store<T>(row + n, hidden);
     } else if (j < full_start || j >= full_stop) {
       const bool sink = base + j < p.sinks;
-      for (int n = 0; n < kVectors; ++n) {
-        const IntVec<T> seen = sees<T>(limits, n * W, static_cast<Int<T>>(j), sink);
-        store<T>(row + n * W, seen ? load<T>(row + n * W) : hidden);
-      }
+      for (int n = 0; n < kPanelRows; n += W)
+        store<T>(row + n, sees<T>(limits, n, static_cast<Int<T>>(j), sink) ? load<T>(row + n) : hidden);
     }
   }
-  for (int n = 0; n < kVectors; ++n) {
-    T* column = scores + n * W;
-    const Vec<T> before = load<T>(state->largest + n * W);
+}
+
+// One step of the online softmax over `keys` scores: they become weights, as right operand; the state moves on.
+template <class Operands, class T = typename Operands::Sum>
+inline void softmax_step(int64_t keys, T exponent, const T* scores, typename Operands::Operand* weights,
+                         PanelState<T>* state) {
+  constexpr int W = kWidth<T>;
+  const Vec<T> unseen = splat<T>(-kInfinity);
+  for (int n = 0; n < kPanelRows; n += W) {
+    const T* column = scores + n;
+    const Vec<T> before = load<T>(state->largest + n);
     Vec<T> largest = before, other = before;
     int64_t j = 0;
     for (; j + 2 <= keys; j += 2) {
@@ -94,34 +102,34 @@ inline void softmax_step(const Panel& panel, int64_t base, int64_t keys, T expon
     }
     if (j < keys) largest = maximum<T>(load<T>(column + j * kPanelRows), largest);
     largest = maximum<T>(largest, other);
-    const Vec<T> unseen = splat<T>(-kInfinity);
     const Vec<T> reference = largest == unseen ? Vec<T>{} : largest * exponent;  // -inf - -inf would be NaN
-    const Vec<T> decay = exp2<T>(before * exponent - reference);
+    const Vec<T> decay = exp2<T, Operands::kExpTerms>(before * exponent - reference);
     Vec<T> sum{}, other_sum{};
     for (j = 0; j + 2 <= keys; j += 2) {
-      const Vec<T> a = exp2<T>(load<T>(column + j * kPanelRows) * exponent - reference);
-      const Vec<T> b = exp2<T>(load<T>(column + (j + 1) * kPanelRows) * exponent - reference);
-      store<T>(column + j * kPanelRows, a);
-      store<T>(column + (j + 1) * kPanelRows, b);
+      const Vec<T> a = exp2<T, Operands::kExpTerms>(load<T>(column + j * kPanelRows) * exponent - reference);
+      const Vec<T> b = exp2<T, Operands::kExpTerms>(load<T>(column + (j + 1) * kPanelRows) * exponent - reference);
+      Operands::store_right(weights, j, n, a, b);
       sum += a;
       other_sum += b;
     }
     if (j < keys) {
-      const Vec<T> a = exp2<T>(load<T>(column + j * kPanelRows) * exponent - reference);
-      store<T>(column + j * kPanelRows, a);
+      const Vec<T> a = exp2<T, Operands::kExpTerms>(load<T>(column + j * kPanelRows) * exponent - reference);
+      Operands::store_right(weights, j, n, a, Vec<T>{});
       sum += a;
     }
-    store<T>(state->largest + n * W, largest);
-    store<T>(state->decay + n * W, decay);
-    store<T>(state->total + n * W, load<T>(state->total + n * W) * decay + (sum + other_sum));
+    store<T>(state->largest + n, largest);
+    store<T>(state->decay + n, decay);
+    store<T>(state->total + n, load<T>(state->total + n) * decay + (sum + other_sum));
   }
+  Operands::pad_right(weights, keys);
 }
 
 // out = O / l, lse = (c m + log2 l) ln 2; rows that saw nothing give 0 and -inf.
 template <class T>
-inline void finish_panel(const Panel& panel, T exponent, const PanelState<T>& state, const T* sums, int64_t width, T* rows) {
+inline void finish_panel(const Panel& panel, T exponent, const PanelState<T>& state, const T* sums, T* rows) {
   const AttentionParams& p = *panel.params;
-  transpose<T>(sums, kPanelRows, round_up(p.v_head_dim, 16), kPanelRows, rows, width);
+  const int64_t width = row_width(p.v_head_dim);
+  transpose<T>(sums, kPanelRows, width, kPanelRows, rows, width);
   for (int64_t r = 0; r < panel.rows; ++r) {
     const Row row = locate(panel, r);
     const T total = state.total[r];
@@ -136,23 +144,11 @@ inline void finish_panel(const Panel& panel, T exponent, const PanelState<T>& st
   }
 }
 
-template <class T>
-void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory) {
-  const int64_t group = p.q_heads / p.kv_heads;
-  const int64_t first_row = tile.first_query * group, rows = tile.queries * group;
-  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
-  const ForwardScratch<T> scratch(p, panels, memory);
-  const ScoreScale scale = score_scale(p);
-  const T exponent = static_cast<T>(scale.exponent);
-  const int64_t query_stride = scratch.p_padded(p.head_dim) * kPanelRows;
-  const int64_t sum_stride = scratch.p_padded(p.v_head_dim) * kPanelRows;
-
-  Panel* panel = scratch.panels;
+// The union of the ranges of some panels.
+inline PanelRange union_range(const Panel* panels, int64_t count) {
   PanelRange all{INT64_MAX, 0, INT64_MAX, 0, 0, 0};
-  for (int64_t n = 0; n < panels; ++n) {
-    panel[n] = make_panel(p, tile.sequence, tile.kv_head, first_row + n * kPanelRows,
-                          smaller(kPanelRows, rows - n * kPanelRows));
-    const PanelRange& range = panel[n].range;
+  for (int64_t n = 0; n < count; ++n) {
+    const PanelRange& range = panels[n].range;
     if (range.sinks_start < range.sinks_stop) {
       all.sinks_start = smaller(all.sinks_start, range.sinks_start);
       all.sinks_stop = larger(all.sinks_stop, range.sinks_stop);
@@ -161,9 +157,28 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
       all.start = smaller(all.start, range.start);
       all.stop = larger(all.stop, range.stop);
     }
-    load_panel<T>(panel[n], p.q, p.head_dim, scratch.key_width, static_cast<T>(scale.query), p.rotated > 0, scratch.rows);
-    transpose<T>(scratch.rows, scratch.key_width, kPanelRows, scratch.key_width, scratch.queries + n * query_stride,
-                 kPanelRows);
+  }
+  return all;
+}
+
+template <class Operands>
+void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory) {
+  using T = typename Operands::Sum;
+  const int64_t group = p.q_heads / p.kv_heads;
+  const int64_t first_row = tile.first_query * group, rows = tile.queries * group;
+  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
+  const ForwardScratch<Operands> scratch(p, panels, memory);
+  [[maybe_unused]] const typename Operands::Registers registers;
+  const ScoreScale scale = score_scale(p);
+  const T exponent = static_cast<T>(scale.exponent);
+  const int64_t query_stride = Operands::panel_size(p.head_dim), sum_stride = kPanelRows * row_width(p.v_head_dim);
+
+  for (int64_t n = 0; n < panels; ++n) {
+    scratch.panels[n] = make_panel(p, tile.sequence, tile.kv_head, first_row + n * kPanelRows,
+                                   smaller(kPanelRows, rows - n * kPanelRows));
+    load_panel<T>(scratch.panels[n], p.q, p.head_dim, row_width(p.head_dim), static_cast<T>(scale.query),
+                  p.rotated > 0, scratch.rows);
+    Operands::right_of_transposed_rows(scratch.rows, p.head_dim, scratch.queries + n * query_stride, scratch.staging);
     std::memset(scratch.sums + n * sum_stride, 0, sum_stride * sizeof(T));
     for (int64_t r = 0; r < kPanelRows; ++r) {
       scratch.states[n].largest[r] = T(-kInfinity);
@@ -171,35 +186,35 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
     }
   }
 
+  const PanelRange all = union_range(scratch.panels, panels);
   for (int segment = 0; segment < 2; ++segment) {
     const bool sinks = segment == 0;
     const int64_t start = sinks ? all.sinks_start : all.start, stop = sinks ? all.sinks_stop : all.stop;
     for (int64_t first = start; first < stop; first += kKeyBlock) {
       const int64_t last = smaller(first + kKeyBlock, stop);
-      load_keys<T>(p, tile.sequence, tile.kv_head, p.k, first, last - first, p.head_dim, scratch.key_width,
-                   p.rotated > 0, scratch.keys);
-      load_keys<T>(p, tile.sequence, tile.kv_head, p.v, first, last - first, p.v_head_dim, scratch.value_width, false,
-                   scratch.values);
+      Operands::load_left(p, tile.sequence, tile.kv_head, p.k, first, last - first, p.head_dim, p.rotated > 0,
+                          scratch.keys, scratch.staging);
+      Operands::load_left(p, tile.sequence, tile.kv_head, p.v, first, last - first, p.v_head_dim, false, scratch.values,
+                          scratch.staging);
+      const auto* values = Operands::across(scratch.values, last - first, p.v_head_dim, scratch.values_across);
       for (int64_t n = 0; n < panels; ++n) {
-        const PanelRange& range = panel[n].range;
+        const PanelRange& range = scratch.panels[n].range;
         const int64_t from = larger(first, sinks ? range.sinks_start : range.start);
         const int64_t to = smaller(last, sinks ? range.sinks_stop : range.stop);
         if (from >= to) continue;
-        const T* keys = scratch.keys + (from - first) * scratch.key_width;
-        const T* values = scratch.values + (from - first) * scratch.value_width;
-        product<T, Order::kRowMajor>(to - from, kPanelRows, p.head_dim, keys, scratch.key_width,
-                                     scratch.queries + n * query_stride, kPanelRows, scratch.scores, kPanelRows,
-                                     {Start<T>::kZero, nullptr});
-        softmax_step<T>(panel[n], from, to - from, exponent, scratch.scores, &scratch.states[n]);
-        product<T, Order::kColumnMajor>(p.v_head_dim, kPanelRows, to - from, values, scratch.value_width,
-                                        scratch.scores, kPanelRows, scratch.sums + n * sum_stride, kPanelRows,
-                                        {Start<T>::kScale, scratch.states[n].decay});
+        const int64_t keys = to - from, skip = from - first;
+        auto* weights = Operands::weights(scratch.scores, scratch.weights);
+        Operands::left_times_panel(keys, p.head_dim, scratch.keys, skip, scratch.queries + n * query_stride,
+                                   scratch.scores);
+        hide<T>(scratch.panels[n], from, keys, scratch.scores);
+        softmax_step<Operands>(keys, exponent, scratch.scores, weights, &scratch.states[n]);
+        Operands::across_times_weights(p.v_head_dim, keys, values, skip, weights, scratch.sums + n * sum_stride,
+                                       {Start<T>::kScale, scratch.states[n].decay});
       }
     }
   }
   for (int64_t n = 0; n < panels; ++n)
-    finish_panel<T>(panel[n], exponent, scratch.states[n], scratch.sums + n * sum_stride, scratch.value_width,
-                    scratch.rows);
+    finish_panel<T>(scratch.panels[n], exponent, scratch.states[n], scratch.sums + n * sum_stride, scratch.rows);
 }
 
 }  // namespace

@@ -1,11 +1,37 @@
-// Register-tiled products of small tiles: C[m][n] (+)= sum_k A(m, k) B[k][n], rows of B and C contiguous. One row of A is broadcast
-// against vectors of B; 6 rows by kRegisterColumns vectors of C stay in registers.
+// Register-tiled products of small tiles: C[m][n] = start + sum_k A(m, k) B[k][n]. One unit of a row of A is broadcast against vectors
+// of B; 6 rows by kRegisterColumns vectors of C stay in registers. A unit is a number, or a pair of bfloat16 numbers for the
+// instructions that multiply pairs and add both products: then k counts pairs, and B[k][n] holds a pair too.
 #pragma once
 
 #include "cpu/kernels/simd.h"
 
 namespace longattn {
 namespace {
+
+template <class T>
+struct FusedMultiplyAdd {
+  using Sum = T;
+  using Unit = T;
+  using UnitVec = Vec<T>;
+  static inline UnitVec load_units(const Unit* p) { return load<T>(p); }
+  static inline Vec<T> add(Vec<T> sum, const Unit* a, UnitVec b) { return sum + *a * b; }
+};
+
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+struct PairDotProduct {
+  using Sum = float;
+  using Unit = uint32_t;  // two bfloat16 numbers
+  using UnitVec = __m512i;
+  static inline UnitVec load_units(const Unit* p) { return _mm512_loadu_si512(p); }
+  static inline Vec<float> add(Vec<float> sum, const Unit* a, UnitVec b) {
+    int32_t unit;
+    __builtin_memcpy(&unit, a, sizeof(unit));  // rows may start between units
+    return reinterpret_cast<Vec<float>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                         reinterpret_cast<__m512bh>(_mm512_set1_epi32(unit)),
+                                                         reinterpret_cast<__m512bh>(b)));
+  }
+};
+#endif
 
 enum class Order { kRowMajor, kColumnMajor };  // of A: A(m, k) = a[m * lda + k], or a[k * lda + m]
 
@@ -18,69 +44,84 @@ struct Start {
   const T* factor;  // [n], for kScale
 };
 
-template <class T, Order order, int Rows, int Columns>
-inline void tile_product(int64_t depth, const T* __restrict a, int64_t lda, const T* __restrict b, int64_t ldb,
-                         T* __restrict c, int64_t ldc, Start<T> start) {
+template <class Dot, Order order, int Rows, int Columns>
+inline void tile_product(int64_t depth, const typename Dot::Unit* __restrict a, int64_t lda,
+                         const typename Dot::Unit* __restrict b, int64_t ldb, typename Dot::Sum* __restrict c,
+                         int64_t ldc, Start<typename Dot::Sum> start) {
+  using T = typename Dot::Sum;
   constexpr int W = kWidth<T>;
   Vec<T> sum[Rows][Columns];
+#pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 8
     for (int n = 0; n < Columns; ++n) {
       sum[m][n] = Vec<T>{};
       if (start.kind == Start<T>::kAdd) sum[m][n] = load<T>(c + m * ldc + n * W);
       if (start.kind == Start<T>::kScale) sum[m][n] = load<T>(c + m * ldc + n * W) * load<T>(start.factor + n * W);
     }
   for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> row[Columns];
+    typename Dot::UnitVec row[Columns];
 #pragma GCC unroll 8
-    for (int n = 0; n < Columns; ++n) row[n] = load<T>(b + k * ldb + n * W);
+    for (int n = 0; n < Columns; ++n) row[n] = Dot::load_units(b + k * ldb + n * W);
 #pragma GCC unroll 8
-    for (int m = 0; m < Rows; ++m) {
-      const T x = order == Order::kRowMajor ? a[m * lda + k] : a[k * lda + m];
+    for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 8
-      for (int n = 0; n < Columns; ++n) sum[m][n] += x * row[n];
-    }
+      for (int n = 0; n < Columns; ++n)
+        sum[m][n] = Dot::add(sum[m][n], order == Order::kRowMajor ? a + m * lda + k : a + k * lda + m, row[n]);
   }
+#pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 8
     for (int n = 0; n < Columns; ++n) store<T>(c + m * ldc + n * W, sum[m][n]);
 }
 
-template <class T, Order order, int Columns>
-inline void column_product(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
-                           int64_t ldc, Start<T> start) {
+template <class Dot, Order order, int Columns>
+inline void column_product(int64_t rows, int64_t depth, const typename Dot::Unit* a, int64_t lda,
+                           const typename Dot::Unit* b, int64_t ldb, typename Dot::Sum* c, int64_t ldc,
+                           Start<typename Dot::Sum> start) {
   const int64_t step = order == Order::kRowMajor ? lda : 1;
   int64_t m = 0;
   for (; m + kRegisterRows <= rows; m += kRegisterRows)
-    tile_product<T, order, kRegisterRows, Columns>(depth, a + m * step, lda, b, ldb, c + m * ldc, ldc, start);
-  const T* tail = a + m * step;
+    tile_product<Dot, order, kRegisterRows, Columns>(depth, a + m * step, lda, b, ldb, c + m * ldc, ldc, start);
+  const typename Dot::Unit* tail = a + m * step;
   switch (rows - m) {
-    case 5: return tile_product<T, order, 5, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
-    case 4: return tile_product<T, order, 4, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
-    case 3: return tile_product<T, order, 3, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
-    case 2: return tile_product<T, order, 2, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
-    case 1: return tile_product<T, order, 1, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
+    case 5: return tile_product<Dot, order, 5, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
+    case 4: return tile_product<Dot, order, 4, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
+    case 3: return tile_product<Dot, order, 3, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
+    case 2: return tile_product<Dot, order, 2, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
+    case 1: return tile_product<Dot, order, 1, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
   }
 }
 
-// rows x columns, `columns` a multiple of the vector width.
-template <class T, Order order>
-void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
-             int64_t ldc, Start<T> start) {
-  constexpr int W = kWidth<T>;
+// rows x columns, `columns` a multiple of the vector width; strides of a and b in units.
+template <class Dot, Order order>
+void product(int64_t rows, int64_t columns, int64_t depth, const typename Dot::Unit* a, int64_t lda,
+             const typename Dot::Unit* b, int64_t ldb, typename Dot::Sum* c, int64_t ldc,
+             Start<typename Dot::Sum> start) {
+  constexpr int W = kWidth<typename Dot::Sum>;
   for (int64_t n = 0; n < columns;) {
-    const Start<T> here{start.kind, start.factor ? start.factor + n : nullptr};
+    const Start<typename Dot::Sum> here{start.kind, start.factor ? start.factor + n : nullptr};
     const int64_t vectors = (columns - n) / W;
     if (kRegisterColumns >= 4 && vectors >= 4) {
-      column_product<T, order, kRegisterColumns>(rows, depth, a, lda, b + n, ldb, c + n, ldc, here);
+      column_product<Dot, order, kRegisterColumns>(rows, depth, a, lda, b + n, ldb, c + n, ldc, here);
       n += kRegisterColumns * W;
     } else if (vectors >= 2) {
-      column_product<T, order, 2>(rows, depth, a, lda, b + n, ldb, c + n, ldc, here);
+      column_product<Dot, order, 2>(rows, depth, a, lda, b + n, ldb, c + n, ldc, here);
       n += 2 * W;
     } else {
-      column_product<T, order, 1>(rows, depth, a, lda, b + n, ldb, c + n, ldc, here);
+      column_product<Dot, order, 1>(rows, depth, a, lda, b + n, ldb, c + n, ldc, here);
       n += W;
     }
   }
 }
+
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+// Of bfloat16 pairs; `rows` of c may be exceeded by what amx.h does, never here.
+inline void pair_product(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda, const uint32_t* b,
+                         int64_t ldb, float* c, int64_t ldc, Start<float> start) {
+  product<PairDotProduct, Order::kRowMajor>(rows, columns, depth, a, lda, b, ldb, c, ldc, start);
+}
+#endif
 
 }  // namespace
 }  // namespace longattn

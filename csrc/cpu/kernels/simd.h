@@ -89,55 +89,91 @@ inline Vec<T> minimum(Vec<T> a, Vec<T> b) {
 
 constexpr float kInfinity = __builtin_inff();
 
-template <class T>
+// Minimax polynomials in relative error of 2^x on [0, 1], by number of terms.
+template <class T, int kTerms>
 struct Exp2;
 template <>
-struct Exp2<float> {
-  static constexpr float kLow = -127.0f, kHigh = 127.0f;
-  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr int kBias = 127, kMantissa = 23;
-  // Minimax in relative error (1.9e-9) of 2^x on [-1/2, 1/2].
-  static constexpr float kCoefficients[] = {1.0f,          0.693147206f,   0.240226469f,  0.0555032878f,
-                                            0.00961848896f, 0.00133999312f, 0.000153458122f};
+struct Exp2<float, 7> {  // 1.9e-9
+  static constexpr float kCoefficients[] = {1.0f,           0.69314698384f,  0.240229836279f, 0.0554833419683f,
+                                            0.00967884102f, 0.00124396877f, 0.000217022557f};
 };
 template <>
-struct Exp2<double> {
-  static constexpr double kLow = -1023.0, kHigh = 1023.0;
+struct Exp2<float, 5> {  // 2.6e-6: for weights that will be bfloat16
+  static constexpr float kCoefficients[] = {1.00000259337f, 0.693003834484f, 0.241442756796f, 0.0520114607758f,
+                                            0.0135341678484f};
+};
+template <>
+struct Exp2<double, 13> {  // 4.1e-20
+  static constexpr double kCoefficients[] = {1.0,
+                                             0.693147180559945295,
+                                             0.2402265069591015531,
+                                             0.05550410866480244285,
+                                             0.009618129107853618194,
+                                             0.001333355813073829725,
+                                             0.0001540353109220152484,
+                                             0.00001525271303802620851,
+                                             1.321590719111723972e-6,
+                                             1.017227554479934436e-7,
+                                             7.108711190284597248e-9,
+                                             4.128404966043969417e-10,
+                                             3.623697293678480995e-11};
+};
+template <class T>
+constexpr int kFullTerms = sizeof(T) == 8 ? 13 : 7;
+
+template <class T, int kTerms>
+inline Vec<T> exp2_polynomial(Vec<T> x) {
+  Vec<T> y = splat<T>(Exp2<T, kTerms>::kCoefficients[kTerms - 1]);
+#pragma GCC unroll 16
+  for (int i = kTerms - 2; i >= 0; --i) y = y * x + Exp2<T, kTerms>::kCoefficients[i];
+  return y;
+}
+
+// 2^x: 0 far below the normal range and at -inf, NaN at NaN.
+#if defined(__AVX512DQ__)
+template <class T, int kTerms>
+inline Vec<T> exp2(Vec<T> x) {
+  constexpr int kFloor = 0x09;  // x - floor(x), no exceptions
+  if constexpr (sizeof(T) == 4) {
+    const __m512 v = reinterpret_cast<__m512>(x);
+    const Vec<T> y = exp2_polynomial<T, kTerms>(reinterpret_cast<Vec<T>>(_mm512_maskz_reduce_ps(0xffff, v, kFloor)));
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(y), v));
+  } else {
+    const __m512d v = reinterpret_cast<__m512d>(x);
+    const Vec<T> y = exp2_polynomial<T, kTerms>(reinterpret_cast<Vec<T>>(_mm512_maskz_reduce_pd(0xff, v, kFloor)));
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_scalef_pd(0xff, reinterpret_cast<__m512d>(y), v));
+  }
+}
+#else
+template <class T>
+struct Ieee;
+template <>
+struct Ieee<float> {
+  static constexpr float kLow = -126.5f, kHigh = 127.0f;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr int32_t kBias = 127, kMantissa = 23;
+};
+template <>
+struct Ieee<double> {
+  static constexpr double kLow = -1022.5, kHigh = 1023.0;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int64_t kBias = 1023, kMantissa = 52;
-  // The same, to 3.1e-18.
-  static constexpr double kCoefficients[] = {1.0,
-                                             0.6931471805599453305,
-                                             0.240226506959101562,
-                                             0.0555041086648199216,
-                                             0.009618129107588335244,
-                                             0.001333355814678992172,
-                                             0.0001540353046251443206,
-                                             0.00001525273348998852565,
-                                             1.321543308967639918e-6,
-                                             1.017819802167193084e-7,
-                                             7.074105613508142796e-9,
-                                             4.435282706957277151e-10};
 };
 
-// 2^x: 0 below the normal range and at -inf, saturated above it, NaN at NaN.
-template <class T>
+template <class T, int kTerms>
 inline Vec<T> exp2(Vec<T> x) {
-  using E = Exp2<T>;
-  x = minimum<T>(splat<T>(E::kHigh), maximum<T>(splat<T>(E::kLow), x));
-  const Vec<T> shifted = x + E::kRound;
-  const Vec<T> fraction = x - (shifted - E::kRound);
+  using I = Ieee<T>;
+  x = minimum<T>(splat<T>(I::kHigh), maximum<T>(splat<T>(I::kLow), x));
+  const Vec<T> shifted = (x - T(0.5)) + I::kRound;
+  const Vec<T> y = exp2_polynomial<T, kTerms>(x - (shifted - I::kRound));
   IntVec<T> exponent;
   __builtin_memcpy(&exponent, &shifted, sizeof(exponent));
-  exponent = (exponent + static_cast<Int<T>>(E::kBias)) << static_cast<Int<T>>(E::kMantissa);
-  constexpr int kTerms = sizeof(E::kCoefficients) / sizeof(T);
-  Vec<T> y = splat<T>(E::kCoefficients[kTerms - 1]);
-#pragma GCC unroll 16
-  for (int i = kTerms - 2; i >= 0; --i) y = y * fraction + E::kCoefficients[i];
-  Vec<T> power;
+  exponent = (exponent + static_cast<Int<T>>(I::kBias)) << static_cast<Int<T>>(I::kMantissa);
+  Vec<T> power;  // 0 at kLow, whose floor is the exponent of zero
   __builtin_memcpy(&power, &exponent, sizeof(power));
   return y * power;
 }
+#endif
 
 }  // namespace
 }  // namespace longattn

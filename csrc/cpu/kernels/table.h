@@ -8,49 +8,54 @@
 namespace longattn {
 namespace {
 
-// Functions of the accumulation type, called for the storage type of a call.
-#define LONGATTN_BY_TYPE(params, function, ...) \
-  ((params).dtype == DType::kFloat64 ? function<double>(__VA_ARGS__) : function<float>(__VA_ARGS__))
+// Calls f with the operands that suit the storage type of a call.
+template <class F>
+auto with_operands(DType dtype, F f) {
+#if defined(__AVX512BF16__)
+  if (dtype == DType::kBFloat16) return f(BFloat16Operands{});
+#endif
+  return dtype == DType::kFloat64 ? f(FloatOperands<double>{}) : f(FloatOperands<float>{});
+}
 
-int64_t forward_scratch_bytes(const AttentionParams& p, int64_t panels) {
-  return p.dtype == DType::kFloat64 ? ForwardScratch<double>(p, panels, nullptr).bytes
-                                    : ForwardScratch<float>(p, panels, nullptr).bytes;
+int64_t forward_scratch(const AttentionParams& p, int64_t panels) {
+  return with_operands(p.dtype, [&](auto o) { return ForwardScratch<decltype(o)>(p, panels, nullptr).bytes; });
 }
 
 void forward(const AttentionParams& p, const QueryTile& tile, char* scratch) {
-  LONGATTN_BY_TYPE(p, forward_tile, p, tile, scratch);
+  with_operands(p.dtype, [&](auto o) { forward_tile<decltype(o)>(p, tile, scratch); });
 }
 
-void delta(const AttentionParams& p, const QueryTile& tile) { LONGATTN_BY_TYPE(p, delta_tile, p, tile); }
+void backward_delta(const AttentionParams& p, const QueryTile& tile) {
+  p.dtype == DType::kFloat64 ? delta_tile<double>(p, tile) : delta_tile<float>(p, tile);
+}
 
-int64_t backward_scratch_bytes(const AttentionParams& p) {
-  return p.dtype == DType::kFloat64 ? BackwardScratch<double>(p, nullptr).bytes : BackwardScratch<float>(p, nullptr).bytes;
+int64_t backward_scratch(const AttentionParams& p) {
+  return with_operands(p.dtype, [&](auto o) { return BackwardScratch<decltype(o)>(p, nullptr).bytes; });
 }
 
 void backward(const AttentionParams& p, const KeyTile& tile, const Turn& turn, char* scratch) {
-  LONGATTN_BY_TYPE(p, backward_tile, p, tile, turn, scratch);
+  with_operands(p.dtype, [&](auto o) { backward_tile<decltype(o)>(p, tile, turn, scratch); });
 }
 
-void finish(const AttentionParams& p, const QueryTile& tile, char* scratch) {
-  LONGATTN_BY_TYPE(p, finish_tile, p, tile, scratch);
+void backward_finish(const AttentionParams& p, const QueryTile& tile, char* scratch) {
+  p.dtype == DType::kFloat64 ? finish_tile<double>(p, tile, scratch) : finish_tile<float>(p, tile, scratch);
 }
 
-int64_t rope_scratch_bytes(const RopeParams& p) {
-  return p.width * (p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
+int64_t rope_scratch(const RopeParams& p) {
+  return p.width * static_cast<int64_t>(p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
 }
 
 void rope(const RopeParams& p, int64_t batch, int64_t head, int64_t first, int64_t tokens, char* scratch) {
-  LONGATTN_BY_TYPE(p, rope_rows, p, batch, head, first, tokens, scratch);
+  p.dtype == DType::kFloat64 ? rope_rows<double>(p, batch, head, first, tokens, scratch)
+                             : rope_rows<float>(p, batch, head, first, tokens, scratch);
 }
-
-#undef LONGATTN_BY_TYPE
 
 }  // namespace
 
 namespace LONGATTN_TARGET {
 extern const Kernels table;
-const Kernels table = {forward_scratch_bytes, forward, delta,  backward_scratch_bytes,
-                       backward,              finish,  rope_scratch_bytes, rope};
+const Kernels table = {forward_scratch, forward,         backward_delta, backward_scratch,
+                       backward,        backward_finish, rope_scratch,   rope};
 }  // namespace LONGATTN_TARGET
 
 }  // namespace longattn

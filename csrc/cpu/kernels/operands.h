@@ -1,0 +1,213 @@
+// How tiles are laid out for products, one type per arithmetic; a kernel is written once, over these names:
+//
+//   left    rows of tokens [rows][width]: the operand whose units are broadcast
+//   across  X^T of a left X, as the operand whose units are broadcast
+//   right   the operand in vectors: [depth][columns]
+//
+// FloatOperands keeps numbers in the accumulation type. BFloat16Operands keeps them in bfloat16, two neighbours along the depth of the
+// product making a unit, for instructions that multiply pairs.
+#pragma once
+
+#include "cpu/kernels/amx.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/panel.h"
+
+namespace longattn {
+namespace {
+
+// Rows of tiles indexed by keys: products may write a few past the last.
+constexpr int64_t kKeyRows = kKeyBlock + 32;
+
+// Width of rows in the accumulation type.
+inline int64_t row_width(int64_t columns) { return round_up(columns, 16); }
+
+template <class T>
+struct FloatOperands {
+  using Sum = T;
+  using Operand = T;
+  using Dot = FusedMultiplyAdd<T>;
+  struct Registers {};  // to be set up before products
+  static constexpr int kExpTerms = kFullTerms<T>;
+
+  static int64_t left_size(int64_t columns) { return kKeyRows * row_width(columns); }
+  static int64_t across_size(int64_t) { return 0; }  // a left read down its columns
+  static int64_t panel_size(int64_t columns) { return kPanelRows * row_width(columns); }
+  static int64_t rows_size(int64_t) { return 0; }  // rows are a right as they are
+
+  static void load_left(const AttentionParams& p, const Sequence& s, int64_t head, const Tensor4& x, int64_t first,
+                        int64_t keys, int64_t columns, bool rotated, Operand* left, Sum*) {
+    load_keys<T>(p, s, head, x, first, keys, columns, row_width(columns), rotated, left);
+  }
+  static const Operand* across(const Operand* left, int64_t, int64_t, Operand*) { return left; }
+  static const Operand* right_of_rows(const Sum* rows, int64_t, Operand*) { return rows; }
+  static void right_of_transposed_rows(const Sum* rows, int64_t columns, Operand* right, Sum*) {
+    transpose<T>(rows, row_width(columns), kPanelRows, row_width(columns), right, kPanelRows);
+  }
+
+  static Operand* weights(Sum* scores, Operand*) { return scores; }  // in place
+  static void store_right(Operand* right, int64_t j, int64_t lane, Vec<T> a, Vec<T> b) {
+    store<T>(right + j * kPanelRows + lane, a);
+    store<T>(right + (j + 1) * kPanelRows + lane, b);
+  }
+  static void store_left(Operand* left, int64_t j, int64_t lane, Vec<T> a) { store<T>(left + j * kPanelRows + lane, a); }
+  static void pad_right(Operand*, int64_t) {}
+  static void pad_left(Operand*, int64_t) {}
+
+  static void left_times_panel(int64_t keys, int64_t columns, const Operand* left, int64_t skip, const Operand* right,
+                               Sum* c) {
+    const int64_t width = row_width(columns);
+    product<Dot, Order::kRowMajor>(keys, kPanelRows, columns, left + skip * width, width, right, kPanelRows, c,
+                                   kPanelRows, {Start<T>::kZero, nullptr});
+  }
+  static void across_times_weights(int64_t columns, int64_t keys, const Operand* across, int64_t skip,
+                                   const Operand* weights, Sum* c, Start<T> start) {
+    const int64_t width = row_width(columns);
+    product<Dot, Order::kColumnMajor>(columns, kPanelRows, keys, across + skip * width, width, weights, kPanelRows, c,
+                                      kPanelRows, start);
+  }
+  static void add_weights_times_rows(int64_t keys, int64_t columns, const Operand* weights, const Operand* right, Sum* c) {
+    const int64_t width = row_width(columns);
+    product<Dot, Order::kRowMajor>(keys, width, kPanelRows, weights, kPanelRows, right, width, c, width,
+                                   {Start<T>::kAdd, nullptr});
+  }
+};
+
+#if defined(__AVX512BF16__)
+constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+constexpr uint16_t kPairsLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+constexpr uint16_t kPairsHigh[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                     24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+
+struct BFloat16Operands {
+  using Sum = float;
+  using Operand = uint16_t;
+  using Registers = TileRegisters;
+  static constexpr int kExpTerms = 5;
+
+  static constexpr int64_t kDepth = 32;  // operands hold zeros up to a multiple of this along the depth
+  static constexpr int64_t kAcrossWidth = kKeyBlock + kDepth;
+  static int64_t width_of(int64_t columns) { return round_up(columns, kDepth); }
+  static int64_t left_size(int64_t columns) { return kKeyRows * width_of(columns); }
+  static int64_t across_size(int64_t columns) { return width_of(columns) * kAcrossWidth; }
+  static int64_t panel_size(int64_t columns) { return kPanelRows * width_of(columns); }
+  static int64_t rows_size(int64_t columns) { return kPanelRows * row_width(columns); }
+
+  static const uint32_t* units(const Operand* x) { return reinterpret_cast<const uint32_t*>(x); }
+
+  // [keys][width]; rows up to a multiple of kDepth are zeroed too.
+  static void load_left(const AttentionParams& p, const Sequence& s, int64_t head, const Tensor4& x, int64_t first,
+                        int64_t keys, int64_t columns, bool rotated, Operand* left, Sum* row) {
+    const int64_t width = width_of(columns);
+    for (int64_t j = 0; j < keys; ++j) {
+      Operand* to = left + j * width;
+      if (p.key_mask && !p.key_mask[s.index * p.nk + first + j]) {
+        std::memset(to, 0, width * sizeof(Operand));
+        continue;
+      }
+      const int64_t token = s.k_start + first + j;
+      const char* from = row_address(x, p.dtype, s.row, head, token);
+      if (rotated) {
+        load_row(from, p.dtype, columns, row);
+        rotate_row(row, p.rotated, p.k_angles, s.index, token, p.interleaved, false);
+        store_row(row, DType::kBFloat16, columns, reinterpret_cast<char*>(to));
+      } else {
+        std::memcpy(to, from, columns * sizeof(Operand));
+      }
+      std::memset(to + columns, 0, (width - columns) * sizeof(Operand));
+    }
+    std::memset(left + keys * width, 0, (round_up(keys, kDepth) - keys) * width * sizeof(Operand));
+  }
+
+  // [width][kAcrossWidth]
+  static const Operand* across(const Operand* left, int64_t keys, int64_t columns, Operand* out) {
+    const int64_t width = width_of(columns), padded = round_up(keys, kDepth);
+    alignas(64) Operand pairs[kDepth * kMaxWidth];
+    for (int64_t j = 0; j < padded; j += kDepth) {
+      for (int64_t i = 0; i < kDepth; i += 2)
+        for (int64_t c = 0; c < width; c += 32) {
+          const __m512i a = _mm512_loadu_si512(left + (j + i) * width + c);
+          const __m512i b = _mm512_loadu_si512(left + (j + i + 1) * width + c);
+          Operand* to = pairs + i * width + 2 * c;
+          _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, _mm512_loadu_si512(kPairsLow), b));
+          _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(a, _mm512_loadu_si512(kPairsHigh), b));
+        }
+      transpose_units(pairs, width, kDepth / 2, width, out + j, kAcrossWidth / 2);
+    }
+    for (int64_t c = 0; c < width; ++c)
+      std::memset(out + c * kAcrossWidth + padded, 0, (kAcrossWidth - padded) * sizeof(Operand));
+    return out;
+  }
+
+  // [32 pairs of rows][width] units
+  static const Operand* right_of_rows(const Sum* rows, int64_t columns, Operand* right) {
+    const int64_t width = row_width(columns);
+    for (int64_t r = 0; r < kPanelRows; r += 2)
+      for (int64_t c = 0; c < width; c += 16)
+        store_pairs(right + r * width + 2 * c, load<float>(rows + r * width + c), load<float>(rows + (r + 1) * width + c));
+    return right;
+  }
+
+  // [width / 2 pairs][64] units
+  static void right_of_transposed_rows(const Sum* rows, int64_t columns, Operand* right, Sum* staging) {
+    const int64_t from = row_width(columns), width = width_of(columns);
+    Operand* packed = reinterpret_cast<Operand*>(staging);
+    for (int64_t r = 0; r < kPanelRows; ++r) {
+      for (int64_t c = 0; c < from; c += 16) store_bfloat16(packed + r * width + c, load<float>(rows + r * from + c));
+      std::memset(packed + r * width + from, 0, (width - from) * sizeof(Operand));
+    }
+    transpose_units(packed, width / 2, kPanelRows, width / 2, right, kPanelRows);
+  }
+
+  static Operand* weights(Sum*, Operand* own) { return own; }
+  static void store_right(Operand* right, int64_t j, int64_t lane, Vec<float> a, Vec<float> b) {
+    store_pairs(right + j * kPanelRows + 2 * lane, a, b);
+  }
+  static void store_left(Operand* left, int64_t j, int64_t lane, Vec<float> a) {
+    store_bfloat16(left + j * kPanelRows + lane, a);
+  }
+  static void pad_right(Operand* right, int64_t keys) {
+    const int64_t even = round_up(keys, 2);
+    std::memset(right + even * kPanelRows, 0, (round_up(keys, kDepth) - even) * kPanelRows * sizeof(Operand));
+  }
+  static void pad_left(Operand* left, int64_t keys) {
+    std::memset(left + keys * kPanelRows, 0, (round_up(keys, kDepth) - keys) * kPanelRows * sizeof(Operand));
+  }
+
+  static void left_times_panel(int64_t keys, int64_t columns, const Operand* left, int64_t skip, const Operand* right,
+                               Sum* c) {
+    const int64_t width = width_of(columns);
+    pair_product(keys, kPanelRows, width / 2, units(left + skip * width), width / 2, units(right), kPanelRows, c,
+                 kPanelRows, {Start<Sum>::kZero, nullptr});
+  }
+  static void across_times_weights(int64_t columns, int64_t keys, const Operand* across, int64_t skip,
+                                   const Operand* weights, Sum* c, Start<Sum> start) {
+    pair_product(columns, kPanelRows, round_up(keys, kDepth) / 2, units(across + skip), kAcrossWidth / 2,
+                 units(weights), kPanelRows, c, kPanelRows, start);
+  }
+  static void add_weights_times_rows(int64_t keys, int64_t columns, const Operand* weights, const Operand* right, Sum* c) {
+    const int64_t width = row_width(columns);
+    pair_product(keys, width, kPanelRows / 2, units(weights), kPanelRows / 2, units(right), width, c, width,
+                 {Start<Sum>::kAdd, nullptr});
+  }
+
+ private:
+  static void transpose_units(const Operand* src, int64_t stride, int64_t rows, int64_t columns, Operand* dst,
+                              int64_t dst_stride) {
+    transpose<float>(reinterpret_cast<const float*>(src), stride, rows, columns, reinterpret_cast<float*>(dst), dst_stride);
+  }
+  static void store_bfloat16(Operand* dst, Vec<float> x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x))));
+  }
+  // Units (a[lane], b[lane]).
+  static void store_pairs(Operand* dst, Vec<float> a, Vec<float> b) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a));
+    _mm512_storeu_si512(dst, _mm512_permutexvar_epi16(_mm512_loadu_si512(kPairs), reinterpret_cast<__m512i>(both)));
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace longattn
