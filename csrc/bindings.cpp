@@ -4,6 +4,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/isa.h"
+#include "cpu/peak.h"
 #include "errors.h"
 #include "longattn/mask.h"
 #include "longattn/params.h"
@@ -145,6 +146,11 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("isa", &longattn::isa, "The instruction set in use.");
   m.def("isas", &longattn::usable_isas, "The instruction sets that were built and run here, fastest first.");
+
+  m.def(
+      "peak_gflops",
+      [](int32_t dtype, int64_t threads) { return longattn::peak_gflops(static_cast<DType>(dtype), threads); }, release,
+      "Measured peak of products in float32 (0), float64 (1) or bfloat16 (2); 0 without an instruction of their own.");
 
   // For the cross-test with longattn/mask.py; -1: unbounded.
   m.def("mask_allows", [](int64_t left, int64_t right, int64_t sinks, int64_t position, int64_t key) {

@@ -44,6 +44,8 @@ struct Kernels {
   void (*backward)(const AttentionParams&, const KeyTile&, const Turn&, char* scratch);
   void (*backward_finish)(const AttentionParams&, const QueryTile&, char* scratch);  // dq_sum -> dq, turned back
 
+  double (*burst)(DType, int64_t rounds);  // for peak.h
+
   int64_t (*rope_scratch)(const RopeParams&);
   void (*rope)(const RopeParams&, int64_t batch, int64_t head, int64_t first, int64_t tokens, char* scratch);
 };

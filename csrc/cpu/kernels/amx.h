@@ -8,6 +8,9 @@ namespace {
 
 #if defined(__AMX_BF16__)
 
+// The intrinsics do not tell the compiler what memory they read: stores before this are done before loads of tiles after it.
+inline void finish_stores() { asm volatile("" ::: "memory"); }
+
 // All eight tiles are 16 rows of 64 bytes while this lives; released at the end, or every context switch would save them.
 struct TileRegisters {
   TileRegisters() {
@@ -16,6 +19,7 @@ struct TileRegisters {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
+    asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~TileRegisters() { _tile_release(); }
@@ -71,14 +75,14 @@ inline void tile_column(int64_t rows, int64_t depth, const uint32_t* a, int64_t 
 inline void pair_product(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda, const uint32_t* b,
                          int64_t ldb, float* c, int64_t ldc, Start<float> start) {
   constexpr int W = kWidth<float>;
-  if (start.kind == Start<float>::kScale)
+  if (start.factor)
     for (int64_t m = 0; m < rows; ++m)
       for (int64_t n = 0; n < columns; n += W)
         store<float>(c + m * ldc + n, load<float>(c + m * ldc + n) * load<float>(start.factor + n));
-  const bool add = start.kind != Start<float>::kZero;
+  finish_stores();
   int64_t n = 0;
-  for (; n + kTile < columns; n += 2 * kTile) tile_column<2>(rows, depth, a, lda, b + n, ldb, c + n, ldc, add);
-  if (n < columns) tile_column<1>(rows, depth, a, lda, b + n, ldb, c + n, ldc, add);
+  for (; n + kTile < columns; n += 2 * kTile) tile_column<2>(rows, depth, a, lda, b + n, ldb, c + n, ldc, start.itself);
+  if (n < columns) tile_column<1>(rows, depth, a, lda, b + n, ldb, c + n, ldc, start.itself);
 }
 
 #else

@@ -199,7 +199,7 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
     }
     if (p.dq.data) {
       Operands::across_times_weights(p.head_dim, keys, keys_across, skip, dscores_right, scratch.dqueries,
-                                     {Start<T>::kZero, nullptr});
+                                     {false, nullptr});
       transpose<T>(scratch.dqueries, kPanelRows, key_width, kPanelRows, scratch.dquery_rows, key_width);
       turn.wait(turn.state, n);
       add_dq<T>(panel, static_cast<T>(p.scale), scratch.dquery_rows);

@@ -209,7 +209,7 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
         hide<T>(scratch.panels[n], from, keys, scratch.scores);
         softmax_step<Operands>(keys, exponent, scratch.scores, weights, &scratch.states[n]);
         Operands::across_times_weights(p.v_head_dim, keys, values, skip, weights, scratch.sums + n * sum_stride,
-                                       {Start<T>::kScale, scratch.states[n].decay});
+                                       {true, scratch.states[n].decay});
       }
     }
   }

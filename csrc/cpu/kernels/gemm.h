@@ -40,8 +40,8 @@ constexpr int kRegisterRows = 6;
 // What C holds before the sum: nothing, itself, or itself times a factor per column.
 template <class T>
 struct Start {
-  enum Kind { kZero, kAdd, kScale } kind;
-  const T* factor;  // [n], for kScale
+  bool itself;
+  const T* factor;  // [n], may be nullptr
 };
 
 template <class Dot, Order order, int Rows, int Columns>
@@ -56,8 +56,8 @@ inline void tile_product(int64_t depth, const typename Dot::Unit* __restrict a, 
 #pragma GCC unroll 8
     for (int n = 0; n < Columns; ++n) {
       sum[m][n] = Vec<T>{};
-      if (start.kind == Start<T>::kAdd) sum[m][n] = load<T>(c + m * ldc + n * W);
-      if (start.kind == Start<T>::kScale) sum[m][n] = load<T>(c + m * ldc + n * W) * load<T>(start.factor + n * W);
+      if (start.itself) sum[m][n] = load<T>(c + m * ldc + n * W);
+      if (start.factor) sum[m][n] = sum[m][n] * load<T>(start.factor + n * W);
     }
   for (int64_t k = 0; k < depth; ++k) {
     typename Dot::UnitVec row[Columns];
@@ -100,7 +100,7 @@ void product(int64_t rows, int64_t columns, int64_t depth, const typename Dot::U
              Start<typename Dot::Sum> start) {
   constexpr int W = kWidth<typename Dot::Sum>;
   for (int64_t n = 0; n < columns;) {
-    const Start<typename Dot::Sum> here{start.kind, start.factor ? start.factor + n : nullptr};
+    const Start<typename Dot::Sum> here{start.itself, start.factor ? start.factor + n : nullptr};
     const int64_t vectors = (columns - n) / W;
     if (kRegisterColumns >= 4 && vectors >= 4) {
       column_product<Dot, order, kRegisterColumns>(rows, depth, a, lda, b + n, ldb, c + n, ldc, here);

@@ -57,7 +57,7 @@ struct FloatOperands {
                                Sum* c) {
     const int64_t width = row_width(columns);
     product<Dot, Order::kRowMajor>(keys, kPanelRows, columns, left + skip * width, width, right, kPanelRows, c,
-                                   kPanelRows, {Start<T>::kZero, nullptr});
+                                   kPanelRows, {false, nullptr});
   }
   static void across_times_weights(int64_t columns, int64_t keys, const Operand* across, int64_t skip,
                                    const Operand* weights, Sum* c, Start<T> start) {
@@ -68,7 +68,7 @@ struct FloatOperands {
   static void add_weights_times_rows(int64_t keys, int64_t columns, const Operand* weights, const Operand* right, Sum* c) {
     const int64_t width = row_width(columns);
     product<Dot, Order::kRowMajor>(keys, width, kPanelRows, weights, kPanelRows, right, width, c, width,
-                                   {Start<T>::kAdd, nullptr});
+                                   {true, nullptr});
   }
 };
 
@@ -179,7 +179,7 @@ struct BFloat16Operands {
                                Sum* c) {
     const int64_t width = width_of(columns);
     pair_product(keys, kPanelRows, width / 2, units(left + skip * width), width / 2, units(right), kPanelRows, c,
-                 kPanelRows, {Start<Sum>::kZero, nullptr});
+                 kPanelRows, {false, nullptr});
   }
   static void across_times_weights(int64_t columns, int64_t keys, const Operand* across, int64_t skip,
                                    const Operand* weights, Sum* c, Start<Sum> start) {
@@ -189,7 +189,7 @@ struct BFloat16Operands {
   static void add_weights_times_rows(int64_t keys, int64_t columns, const Operand* weights, const Operand* right, Sum* c) {
     const int64_t width = row_width(columns);
     pair_product(keys, width, kPanelRows / 2, units(weights), kPanelRows / 2, units(right), width, c, width,
-                 {Start<Sum>::kAdd, nullptr});
+                 {true, nullptr});
   }
 
  private:

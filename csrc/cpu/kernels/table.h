@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/backward.h"
 #include "cpu/kernels/forward.h"
+#include "cpu/kernels/peak.h"
 #include "cpu/kernels/rope.h"
 
 namespace longattn {
@@ -55,7 +56,8 @@ void rope(const RopeParams& p, int64_t batch, int64_t head, int64_t first, int64
 namespace LONGATTN_TARGET {
 extern const Kernels table;
 const Kernels table = {forward_scratch, forward,         backward_delta, backward_scratch,
-                       backward,        backward_finish, rope_scratch,   rope};
+                       backward,        backward_finish, burst,          rope_scratch,
+                       rope};
 }  // namespace LONGATTN_TARGET
 
 }  // namespace longattn
