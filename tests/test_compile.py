@@ -1,0 +1,166 @@
+"""torch.compile takes every public call in one graph, forward and backward, and computes what eager computes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import longattn
+from helpers import backend_names, random_packed, random_qkv, require, require_packed
+from longattn import Rope
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(call: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return torch.compile(call, fullgraph=True, backend="aot_eager", **options)
+
+
+def check(call: Callable[..., Any], other: Callable[..., Any], tensors: tuple[Tensor, ...]) -> None:
+    """Both give the same bits, forward and backward."""
+    found = []
+    for function in (call, other):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out, lse = function(*leaves)
+        grads = torch.autograd.grad(out.square().sum() + lse.exp().sum(), leaves)
+        found.append((out, lse, *grads))
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": 3, "sinks": 1},
+    "tensors": {
+        "key_mask": torch.arange(23) < torch.tensor([[23], [9]]),
+        "key_lens": torch.tensor([23, 11], dtype=torch.int32),
+        "align": torch.tensor([4, 0], dtype=torch.int32),
+        "bounds": (torch.zeros(19, dtype=torch.int32), torch.full((19,), 20, dtype=torch.int32)),
+    },
+    "rope": {"causal": True, "rope": Rope(8, scaling=longattn.scaling.YaRN(4.0, 16))},
+    "rope, positions": {"rope": Rope(8), "positions": torch.arange(23), "key_lens": torch.tensor([23, 9])},
+    "scores": {"softcap": 2.0, "alibi_slopes": torch.rand(4), "sink_logits": torch.rand(4), "bias": torch.rand(19, 23)},
+    "dropout": {"dropout_p": 0.3, "seed": 5},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("backend", backend_names())
+def test_attention(backend: str, call: str) -> None:
+    tensors = random_qkv(2, (4, 2), (19, 23), 8)
+    require(backend, *tensors, **CALLS[call])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return longattn.attention(q, k, v, **CALLS[call], return_lse=True, backend=backend)
+
+    check(attend, compiled(attend), tensors)
+
+
+@pytest.mark.parametrize("rope", [None, Rope(8)], ids=["plain", "rope"])
+@pytest.mark.parametrize("backend", backend_names())
+def test_varlen(backend: str, rope: Rope | None) -> None:
+    q, k, v, cu_q, cu_k, max_q, max_k = random_packed((5, 0, 12), (7, 3, 12), widths=(8, 6))
+    require_packed(backend, (q, k, v), rope=rope)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return longattn.attention_varlen(
+            q, k, v, cu_q, cu_k, max_q, max_k, causal=True, rope=rope, return_lse=True, backend=backend
+        )
+
+    check(attend, compiled(attend), (q, k, v))
+
+
+def test_bad_sequences_are_refused_in_a_graph() -> None:
+    q, k, v, cu_q, cu_k, max_q, max_k = random_packed((5, 12), (7, 12))
+    attend = compiled(longattn.attention_varlen)
+    with pytest.raises(longattn.InvalidInput, match="cu_seqlens_q"):
+        attend(q, k, v, cu_q.flip(0), cu_k, max_q, max_k)
+
+
+@pytest.mark.parametrize("rope", [None, Rope(8)], ids=["plain", "rope"])
+@pytest.mark.parametrize("backend", backend_names())
+def test_dynamic_shapes(backend: str, rope: Rope | None) -> None:
+    """One graph for every batch and length; no two sizes of the first call are equal, or they would be taken for one."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return longattn.attention(q, k, v, causal=True, window=9, rope=rope, return_lse=True, backend=backend)
+
+    graph = compiled(attend, dynamic=True)
+    for batch, nq, nk in ((3, 19, 23), (5, 30, 41), (3, 7, 50)):
+        check(attend, graph, random_qkv(batch, (4, 2), (nq, nk), 8))
+    frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert frames == 1, f"{frames} graphs"
+
+
+@pytest.mark.parametrize("backend", backend_names())
+def test_strides_are_kept(backend: str) -> None:
+    """[B, N, H, D] storage goes through a graph and comes out as such."""
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in random_qkv(2, (4, 4), (19, 19), 8))
+    attend = compiled(lambda q, k, v: longattn.attention(q, k, v, backend=backend).transpose(1, 2).reshape(2, 19, -1))
+    assert torch.equal(attend(q, k, v), longattn.attention(q, k, v, backend=backend).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("backend", backend_names())
+def test_apply_rope(backend: str) -> None:
+    def turn(x: Tensor) -> tuple[Tensor, Tensor]:
+        turned = longattn.apply_rope(x, Rope(8), backend=backend)
+        return turned, turned.sum(-1)
+
+    check(turn, compiled(turn, dynamic=True), (torch.randn(2, 3, 5, 8),))
+
+
+def test_merge_attention() -> None:
+    outs, lses = [torch.randn(2, 4, 5) for _ in range(2)], [torch.randn(2, 4) for _ in range(2)]
+
+    def merge(a: Tensor, b: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return longattn.merge_attention([a, b], [x, y])
+
+    check(merge, compiled(merge), (*outs, *lses))
+
+
+@pytest.mark.parametrize("backend", backend_names())
+def test_autocast(backend: str) -> None:
+    tensors = random_qkv(2, (4, 2), (19, 23), 8)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return longattn.attention(q, k, v, causal=True, backend=backend)
+
+    out = compiled(attend)(*tensors)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, attend(*tensors))
+
+
+def test_falling_back_to_the_reference_breaks_no_graph() -> None:
+    q, k, v = random_qkv(1, (1, 1), (4, 4), 8)
+    slow = compiled(lambda q, k, v: longattn.attention(q, k, v, softcap=2.0))  # noqa: E731
+    assert torch.equal(slow(q, k, v), longattn.attention(q, k, v, softcap=2.0))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a compiler")
+def test_inductor() -> None:
+    """Inside a model: what stands around the call is fused, the call itself is as it was."""
+    weight = torch.randn(32, 3 * 16) / 6
+
+    def block(x: Tensor, weight: Tensor) -> Tensor:
+        q, k, v = (x @ weight).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return longattn.attention(q, k, v, causal=True).transpose(1, 2).flatten(2).relu()
+
+    x = torch.randn(2, 9, 32)
+    grads = []
+    for function in (block, torch.compile(block, fullgraph=True)):
+        leaf = weight.clone().requires_grad_()
+        out = function(x, leaf)
+        grads.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
