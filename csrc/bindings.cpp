@@ -12,6 +12,7 @@
 namespace py = pybind11;
 using longattn::Angles;
 using longattn::AttentionParams;
+using longattn::Bias;
 using longattn::DType;
 using longattn::RopeParams;
 using longattn::Tensor4;
@@ -49,6 +50,21 @@ void def_angles(Class<Params>& cls, const char* name, Angles Params::* field) {
       [field](Params& p, const std::tuple<Address, Address, int64_t>& x) {
         p.*field = Angles{reinterpret_cast<const char*>(std::get<0>(x)), reinterpret_cast<const char*>(std::get<1>(x)),
                           std::get<2>(x)};
+      });
+}
+
+// Biases are tuples (address, batch stride, head stride, query stride, key stride, dtype).
+void def_bias(Class<AttentionParams>& cls, const char* name, Bias AttentionParams::* field) {
+  cls.def_property(
+      name,
+      [field](const AttentionParams& p) {
+        const Bias& x = p.*field;
+        return py::make_tuple(reinterpret_cast<Address>(x.data), x.batch, x.head, x.query, x.key,
+                              static_cast<int32_t>(x.dtype));
+      },
+      [field](AttentionParams& p, const std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int32_t>& x) {
+        p.*field = Bias{reinterpret_cast<char*>(std::get<0>(x)), std::get<1>(x), std::get<2>(x),
+                        std::get<3>(x),                          std::get<4>(x), static_cast<DType>(std::get<5>(x))};
       });
 }
 
@@ -98,6 +114,10 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("from_end", &AttentionParams::from_end)
       .def_readwrite("bounds_batch", &AttentionParams::bounds_batch)
       .def_readwrite("scale", &AttentionParams::scale)
+      .def_readwrite("softcap", &AttentionParams::softcap)
+      .def_readwrite("slopes_batch", &AttentionParams::slopes_batch)
+      .def_readwrite("dropout_p", &AttentionParams::dropout_p)
+      .def_readwrite("seed", &AttentionParams::seed)
       .def_readwrite("rotated", &AttentionParams::rotated)
       .def_readwrite("interleaved", &AttentionParams::interleaved)
       .def_readwrite("threads", &AttentionParams::threads);
@@ -116,6 +136,11 @@ PYBIND11_MODULE(_C, m) {
   def_address(attention, "lse", &AttentionParams::lse);
   def_address(attention, "dlse", &AttentionParams::dlse);
   def_address(attention, "delta", &AttentionParams::delta);
+  def_address(attention, "dslope_rows", &AttentionParams::dslope_rows);
+  def_address(attention, "alibi_slopes", &AttentionParams::alibi_slopes);
+  def_address(attention, "sink_logits", &AttentionParams::sink_logits);
+  def_bias(attention, "bias", &AttentionParams::bias);
+  def_bias(attention, "dbias", &AttentionParams::dbias);
   def_address(attention, "offsets", &AttentionParams::offsets);
   def_address(attention, "key_mask", &AttentionParams::key_mask);
   def_address(attention, "key_lens", &AttentionParams::key_lens);

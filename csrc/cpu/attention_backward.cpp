@@ -77,6 +77,22 @@ std::vector<Link> key_tiles(const AttentionParams& p, std::vector<int64_t>* chai
   return links;
 }
 
+// Tiles of the gradient of bias that no other tile writes.
+std::vector<BiasTile> bias_tiles(const AttentionParams& p) {
+  const auto step = [](int64_t stride, int64_t size, int64_t tile) { return stride ? tile : std::max<int64_t>(1, size); };
+  const Bias& bias = p.dbias;
+  const int64_t batches = step(bias.batch, p.batch, 1), heads = step(bias.head, p.q_heads, 1);
+  const int64_t queries = step(bias.query, p.nq, kPanelRows), keys = step(bias.key, p.nk, kKeyBlock);
+  std::vector<BiasTile> tiles;
+  for (int64_t b = 0; b < p.batch; b += batches)
+    for (int64_t h = 0; h < p.q_heads; h += heads)
+      for (int64_t i = 0; i < p.nq; i += queries)
+        for (int64_t j = 0; j < p.nk; j += keys)
+          tiles.push_back({b, std::min(b + batches, p.batch), h, std::min(h + heads, p.q_heads), i,
+                           std::min(i + queries, p.nq), j, std::min(j + keys, p.nk)});
+  return tiles;
+}
+
 }  // namespace
 
 void attention_backward(const AttentionParams& params) {
@@ -103,6 +119,13 @@ void attention_backward(const AttentionParams& params) {
     parallel_for(params.threads, static_cast<int64_t>(queries.size()), [&](int64_t thread, int64_t index) {
       isa.backward_finish(params, queries[index], scratch.of(thread));
     });
+
+  if (params.dbias.data) {
+    const std::vector<BiasTile> tiles = bias_tiles(params);
+    parallel_for(params.threads, static_cast<int64_t>(tiles.size()), [&](int64_t thread, int64_t index) {
+      isa.backward_bias(params, tiles[index], scratch.of(thread));
+    });
+  }
 }
 
 }  // namespace longattn

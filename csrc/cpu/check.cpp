@@ -59,6 +59,20 @@ void expect_dtype(DType dtype) {
          std::to_string(static_cast<int>(dtype)));
 }
 
+void expect_bias(const char* name, const Bias& bias, const AttentionParams& p) {
+  if (!bias.data) return;
+  expect(bias.dtype >= DType::kFloat32 && bias.dtype <= DType::kBool, name, "a floating type or bool",
+         std::to_string(static_cast<int>(bias.dtype)));
+  int64_t reach = 0;
+  const int64_t strides[] = {bias.batch, bias.head, bias.query, bias.key}, sizes[] = {p.batch, p.q_heads, p.nq, p.nk};
+  for (int i = 0; i < 4; ++i) {
+    expect(strides[i] >= 0 && (sizes[i] <= 1 || strides[i] <= kMaxElements / sizes[i]), name,
+           "strides of 0 to 2^60 elements", std::to_string(strides[i]));
+    reach += strides[i] * (sizes[i] ? sizes[i] - 1 : 0);
+    expect(reach <= kMaxElements, name, "strides that reach below 2^60 elements", std::to_string(reach));
+  }
+}
+
 }  // namespace
 
 void check_forward(const AttentionParams& p) {
@@ -94,6 +108,12 @@ void check_forward(const AttentionParams& p) {
     expect_cu_seqlens("cu_seqlens_q", p.cu_seqlens_q, p.batch, p.nq);
     expect_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.nk);
   }
+  expect(p.scale == p.scale && p.scale - p.scale == 0, "scale", "a finite number", std::to_string(p.scale));
+  expect(p.softcap >= 0 && p.softcap - p.softcap == 0, "softcap", "a finite number >= 0", std::to_string(p.softcap));
+  expect(p.dropout_p >= 0 && p.dropout_p < 1, "dropout_p", "a number in [0, 1)", std::to_string(p.dropout_p));
+  expect_bias("bias", p.bias, p);
+  expect(!p.bias.data || !packed, "bias", "none with packed sequences", "one");
+  expect(p.slopes_batch >= 0, "alibi_slopes", "a stride >= 0", std::to_string(p.slopes_batch));
   expect(p.rotated >= 0 && p.rotated <= p.head_dim && p.rotated % 2 == 0, "rope", "an even width of at most head_dim",
          std::to_string(p.rotated));
   expect_angles("rope", p.q_angles, p.rotated && any);
@@ -110,6 +130,9 @@ void check_backward(const AttentionParams& p) {
     expect_tensor("dq", p.dq, {rows, p.q_heads, p.nq, p.head_dim});
     expect_tensor("dq_sum", p.dq_sum, {rows, p.q_heads, p.nq, p.head_dim});
   }
+  expect_bias("dbias", p.dbias, p);
+  expect(!p.dbias.data || p.bias.data, "dbias", "none without bias", "one");
+  expect(!p.dslope_rows || p.alibi_slopes, "dslope_rows", "none without alibi_slopes", "one");
   if (p.dk.data) expect_tensor("dk", p.dk, {rows, p.kv_heads, p.nk, p.head_dim});
   if (p.dv.data) expect_tensor("dv", p.dv, {rows, p.kv_heads, p.nk, p.v_head_dim});
 }

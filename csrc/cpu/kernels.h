@@ -28,6 +28,11 @@ struct KeyTile {
   int64_t first_key, keys;
 };
 
+// A tile of the gradient of bias, and everything that reads it: wider than one panel and block of keys where bias is broadcast.
+struct BiasTile {
+  int64_t first_batch, last_batch, first_head, last_head, first_query, last_query, first_key, last_key;
+};
+
 // Called by the backward before it adds to dq rows of a query panel, and after.
 struct Turn {
   void (*wait)(void* state, int64_t panel);
@@ -43,6 +48,8 @@ struct Kernels {
   int64_t (*backward_scratch)(const AttentionParams&);
   void (*backward)(const AttentionParams&, const KeyTile&, const Turn&, char* scratch);
   void (*backward_finish)(const AttentionParams&, const QueryTile&, char* scratch);  // dq_sum -> dq, turned back
+
+  void (*backward_bias)(const AttentionParams&, const BiasTile&, char* scratch);
 
   double (*burst)(DType, int64_t rounds);  // for peak.h
 

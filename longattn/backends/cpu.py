@@ -21,8 +21,7 @@ except ImportError as error:  # built without a compiler, or not built at all
 else:
     _UNAVAILABLE = None
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_MISSING = ("bias", "softcap", "alibi_slopes", "sink_logits", "dropout")
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 
 
 class CpuBackend(Backend):
@@ -40,7 +39,6 @@ class CpuBackend(Backend):
         for name, width in (("head_dim", problem.head_dim), ("v_head_dim", problem.v_head_dim)):
             if width > 512:
                 found.append(f"{name} is at most 512, not {width}")
-        found += [f"{name} is not implemented" for name in _MISSING if name in problem.features]
         return found
 
     def forward(self, problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> None:
@@ -66,7 +64,7 @@ class CpuBackend(Backend):
         if dlse is not None:
             dlse = dlse.contiguous()
             params.dlse = dlse.data_ptr()
-        delta = torch.empty_like(lse)
+        delta = torch.zeros_like(lse) if problem.varlen else torch.empty_like(lse)
         params.delta = delta.data_ptr()
         for name, grad in (("dq", grads.q), ("dk", grads.k), ("dv", grads.v)):
             if grad is not None:
@@ -78,8 +76,23 @@ class CpuBackend(Backend):
             if problem.dtype != problem.accumulate_dtype:
                 dq_sum = torch.empty_like(grads.q, dtype=problem.accumulate_dtype)
             params.dq_sum = _view(dq_sum.zero_())
+        dbias = dslopes = None
+        if grads.bias is not None:
+            dbias = torch.zeros(grads.bias.shape, dtype=problem.accumulate_dtype)
+            params.dbias = _bias(dbias)
+        if grads.alibi_slopes is not None:
+            dslopes = torch.zeros_like(lse)  # of each query
+            params.dslope_rows = dslopes.data_ptr()
         native().attention_backward(params)
         del keep
+        if grads.bias is not None and dbias is not None:
+            grads.bias.copy_(dbias)
+        if grads.alibi_slopes is not None and dslopes is not None:
+            _sum_slopes(problem, tensors, dslopes, grads.alibi_slopes)
+        if grads.sink_logits is not None and tensors.sink_logits is not None:
+            sinks = tensors.sink_logits.to(lse.dtype)[:, None]
+            weights = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks - lse))  # of the sinks, that have no value
+            grads.sink_logits.copy_(-(weights * delta).sum((0, 2)))
 
     def rope(
         self, x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, interleaved: bool, inverse: bool, out: Tensor
@@ -115,7 +128,7 @@ def _params(problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> tup
     params.left = -1 if mask.left is None else mask.left
     params.right = -1 if mask.right is None else mask.right
     params.sinks, params.offset, params.from_end = mask.sinks, mask.offset, mask.from_end
-    params.scale = problem.scale
+    params.scale, params.softcap, params.dropout_p = problem.scale, problem.softcap, problem.dropout_p
     params.threads = torch.get_num_threads()
     keep = []
     for name, x in (
@@ -131,6 +144,17 @@ def _params(problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> tup
             x = x.contiguous()
             keep.append(x)
             setattr(params, name, x.data_ptr())
+    for name, x in (("alibi_slopes", tensors.alibi_slopes), ("sink_logits", tensors.sink_logits)):
+        if x is not None:
+            x = x.to(problem.accumulate_dtype).contiguous()
+            keep.append(x)
+            setattr(params, name, x.data_ptr())
+    if tensors.alibi_slopes is not None and tensors.alibi_slopes.dim() == 2:
+        params.slopes_batch = problem.q_heads
+    if tensors.bias is not None:
+        params.bias = _bias(tensors.bias)
+    if tensors.seed is not None:
+        params.seed = int(tensors.seed) % 2**64
     if tensors.lo is not None:
         params.bounds_batch = problem.nq if tensors.lo.dim() == 2 else 0
     if tensors.inv_freq is not None:
@@ -146,10 +170,28 @@ def _params(problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> tup
     return params, keep
 
 
+def _sum_slopes(problem: Problem, tensors: Tensors, rows: Tensor, out: Tensor) -> None:
+    """Sum each query's part [B, Hq, Nq] of the slopes' gradient to their shape [Hq] or [B, Hq]."""
+    if out.dim() == 1:
+        out.copy_(rows.sum((0, 2)))
+    elif tensors.cu_seqlens_q is None:
+        out.copy_(rows.sum(2))
+    else:
+        starts = tensors.cu_seqlens_q.tolist()
+        for b in range(problem.batch):
+            out[b].copy_(rows[0, :, starts[b] : starts[b + 1]].sum(1))
+
+
 def _view(x: Tensor) -> tuple[int, int, int, int]:
     """Address and strides of a [B, H, N, D] tensor with unit stride in D."""
     batch, head, token, _ = x.stride()
     return x.data_ptr(), batch, head, token
+
+
+def _bias(x: Tensor) -> tuple[int, int, int, int, int, int]:
+    """Address, strides (0 where it is broadcast) and dtype of a 4-D bias."""
+    strides = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), *strides, _DTYPES[x.dtype]
 
 
 def _tables(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

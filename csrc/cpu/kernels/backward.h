@@ -22,7 +22,7 @@ struct BackwardScratch {
   Operand *weights, *dscores_left, *dscores_right;
   T *dkeys, *dvalues;                                        // [keys][width]
   T *query_rows, *dout_rows, *dqueries, *dquery_rows;        // [64][width], dqueries [width][64]
-  T *scores, *dscores;                                       // [keys][64]
+  T *scores, *dscores, *keep, *capped, *bias_sums;           // [keys][64]; the latter three may be nullptr
   T* staging;
   int64_t bytes;
 
@@ -48,6 +48,9 @@ struct BackwardScratch {
     dqueries = arena.take<T>(kPanelRows * key_width);
     dquery_rows = arena.take<T>(kPanelRows * key_width);
     staging = arena.take<T>(kPanelRows * larger(key_width, value_width));
+    keep = p.dropout_p > 0 ? arena.take<T>(kKeyRows * kPanelRows) : nullptr;
+    capped = p.softcap > 0 ? arena.take<T>(kKeyRows * kPanelRows) : nullptr;
+    bias_sums = p.dbias.data ? arena.take<T>(kKeyRows * kPanelRows) : nullptr;
     bytes = arena.used;
   }
 };
@@ -99,20 +102,43 @@ struct LaneSoftmax {
   }
 };
 
-// P from S, and dS from P and dP, as operands.
+// From products and dP to P and dS: what the two derivatives of a block of scores share. `dscores` takes the gradient of the scores
+// themselves, before the softcap's slope.
 template <class Operands, class T = typename Operands::Sum>
-inline void weigh(const LaneSoftmax<T>& lanes, int64_t keys, T exponent, const T* scores, const T* dweights,
-                  typename Operands::Operand* weights, typename Operands::Operand* dscores_left,
-                  typename Operands::Operand* dscores_right) {
+inline void differentiate(const Panel& panel, int64_t base, int64_t keys, const BackwardScratch<Operands>& scratch) {
+  constexpr int W = kWidth<T>;
+  const AttentionParams& p = *panel.params;
+  if (adjusts(p)) adjust<T>(panel, base, keys, scratch.scores, scratch.capped);
+  hide<T>(panel, base, keys, scratch.scores);
+  if (scratch.keep) dropout_multipliers<T>(panel, base, keys, scratch.keep);
+  const LaneSoftmax<T> lanes(panel);
+  const T exponent = static_cast<T>(score_scale(p).exponent);
+  for (int64_t j = 0; j < keys; ++j)
+    for (int n = 0; n < kPanelRows; n += W) {
+      const int64_t at = j * kPanelRows + n;
+      const Vec<T> weight = exp2<T, Operands::kExpTerms>(load<T>(scratch.scores + at) * exponent - load<T>(lanes.lse + n));
+      Vec<T> dweight = load<T>(scratch.dscores + at);
+      if (scratch.keep) dweight *= load<T>(scratch.keep + at);
+      const Vec<T> dscore = weight * (dweight - load<T>(lanes.delta + n));
+      store<T>(scratch.scores + at, weight);
+      store<T>(scratch.dscores + at, weight == Vec<T>{} ? Vec<T>{} : dscore);  // 0 times NaN or inf is no gradient
+    }
+}
+
+// P and dS as operands, with what dropout and the softcap multiply them by.
+template <class Operands, class T = typename Operands::Sum>
+inline void store_operands(int64_t keys, const BackwardScratch<Operands>& scratch, typename Operands::Operand* weights,
+                           typename Operands::Operand* dscores_left, typename Operands::Operand* dscores_right) {
   constexpr int W = kWidth<T>;
   for (int64_t j = 0; j < keys; j += 2)
     for (int n = 0; n < kPanelRows; n += W) {
       Vec<T> dscore[2] = {};
       for (int64_t i = 0; i < 2 && j + i < keys; ++i) {
         const int64_t at = (j + i) * kPanelRows + n;
-        const Vec<T> weight = exp2<T, Operands::kExpTerms>(load<T>(scores + at) * exponent - load<T>(lanes.lse + n));
-        const Vec<T> difference = weight * (load<T>(dweights + at) - load<T>(lanes.delta + n));
-        dscore[i] = weight == Vec<T>{} ? Vec<T>{} : difference;  // 0 times NaN or inf is no gradient
+        Vec<T> weight = load<T>(scratch.scores + at);
+        dscore[i] = load<T>(scratch.dscores + at);
+        if (scratch.keep) weight *= load<T>(scratch.keep + at);
+        if (scratch.capped) dscore[i] *= T(1) - load<T>(scratch.capped + at) * load<T>(scratch.capped + at);
         Operands::store_left(weights, j + i, n, weight);
         Operands::store_left(dscores_left, j + i, n, dscore[i]);
       }
@@ -121,6 +147,18 @@ inline void weigh(const LaneSoftmax<T>& lanes, int64_t keys, T exponent, const T
   Operands::pad_left(weights, keys);
   Operands::pad_left(dscores_left, keys);
   Operands::pad_right(dscores_right, keys);
+}
+
+// The sum over keys of dS |p_i - j|, for each lane.
+template <class T>
+inline void slope_gradient(const Panel& panel, int64_t base, int64_t keys, const T* dscores, T* sums) {
+  constexpr int W = kWidth<T>;
+  const LaneSlopes<T> slopes(panel, base);
+  for (int n = 0; n < kPanelRows; n += W) {
+    Vec<T> sum{};
+    for (int64_t j = 0; j < keys; ++j) sum += load<T>(dscores + j * kPanelRows + n) * slopes.distance(n, j);
+    store<T>(sums + n, sum);
+  }
 }
 
 // Queries that can see one of the keys [first, last): [from, to).
@@ -143,6 +181,29 @@ inline void add_dq(const Panel& panel, T factor, const T* part) {
   }
 }
 
+// The keys of [first, last) that a panel sees: [from, to), from its sinks on. False if none.
+inline bool keys_in_block(const PanelRange& range, int64_t first, int64_t last, int64_t* from, int64_t* to) {
+  *from = larger(first, range.start);
+  *to = smaller(last, range.stop);
+  const int64_t sinks_from = larger(first, range.sinks_start), sinks_to = smaller(last, range.sinks_stop);
+  if (sinks_from < sinks_to) {
+    *to = *from < *to ? larger(*to, sinks_to) : sinks_to;
+    *from = smaller(*from, sinks_from);
+  }
+  return *from < *to;
+}
+
+// Q and dO of a panel: as rows, and transposed as right operands.
+template <class Operands, class T = typename Operands::Sum>
+inline void load_queries_and_gradients(const Panel& panel, const BackwardScratch<Operands>& scratch) {
+  const AttentionParams& p = *panel.params;
+  load_panel<T>(panel, p.q, p.head_dim, row_width(p.head_dim), static_cast<T>(score_scale(p).query), p.rotated > 0,
+                scratch.query_rows);
+  load_panel<T>(panel, p.dout, p.v_head_dim, row_width(p.v_head_dim), T(1), false, scratch.dout_rows);
+  Operands::right_of_transposed_rows(scratch.query_rows, p.head_dim, scratch.queries, scratch.staging);
+  Operands::right_of_transposed_rows(scratch.dout_rows, p.v_head_dim, scratch.douts, scratch.staging);
+}
+
 template <class Operands>
 void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& turn, char* memory) {
   using T = typename Operands::Sum;
@@ -150,8 +211,6 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
   const BackwardScratch<Operands> scratch(p, memory);
   [[maybe_unused]] const typename Operands::Registers registers;
   const int64_t key_width = row_width(p.head_dim), value_width = row_width(p.v_head_dim);
-  const ScoreScale scale = score_scale(p);
-  const T exponent = static_cast<T>(scale.exponent);
   const int64_t group = p.q_heads / p.kv_heads, rows = s.lq * group;
   const int64_t first = tile.first_key, last = tile.first_key + tile.keys;
   const bool rotated = p.rotated > 0;
@@ -169,26 +228,17 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
   int64_t from_query, to_query;
   queries_of_keys(p, s, first, last, &from_query, &to_query);
   for (int64_t n = from_query * group / kPanelRows; n * kPanelRows < to_query * group; ++n) {
-    const Panel panel = make_panel(p, s, tile.kv_head, n * kPanelRows, smaller(kPanelRows, rows - n * kPanelRows));
-    const PanelRange& range = panel.range;
-    int64_t from = larger(first, range.start), to = smaller(last, range.stop);
-    const int64_t sinks_from = larger(first, range.sinks_start), sinks_to = smaller(last, range.sinks_stop);
-    if (sinks_from < sinks_to) {
-      to = from < to ? larger(to, sinks_to) : sinks_to;
-      from = smaller(from, sinks_from);
-    }
-    if (from >= to) continue;
+    const Panel panel = make_panel(p, s, tile.kv_head, group, n * kPanelRows, smaller(kPanelRows, rows - n * kPanelRows));
+    int64_t from, to;
+    if (!keys_in_block(panel.range, first, last, &from, &to)) continue;
     const int64_t keys = to - from, skip = from - first;
-
-    load_panel<T>(panel, p.q, p.head_dim, key_width, static_cast<T>(scale.query), rotated, scratch.query_rows);
-    load_panel<T>(panel, p.dout, p.v_head_dim, value_width, T(1), false, scratch.dout_rows);
-    Operands::right_of_transposed_rows(scratch.query_rows, p.head_dim, scratch.queries, scratch.staging);
-    Operands::right_of_transposed_rows(scratch.dout_rows, p.v_head_dim, scratch.douts, scratch.staging);
+    load_queries_and_gradients<Operands>(panel, scratch);
     Operands::left_times_panel(keys, p.head_dim, scratch.keys, skip, scratch.queries, scratch.scores);
     Operands::left_times_panel(keys, p.v_head_dim, scratch.values, skip, scratch.douts, scratch.dscores);
-    hide<T>(panel, from, keys, scratch.scores);
-    weigh<Operands>(LaneSoftmax<T>(panel), keys, exponent, scratch.scores, scratch.dscores, weights, dscores_left,
-                    dscores_right);
+    differentiate<Operands>(panel, from, keys, scratch);
+    alignas(64) T dslopes[kPanelRows] = {};
+    if (p.dslope_rows) slope_gradient<T>(panel, from, keys, scratch.dscores, dslopes);
+    store_operands<Operands>(keys, scratch, weights, dscores_left, dscores_right);
     if (p.dv.data) {
       const auto* douts = Operands::right_of_rows(scratch.dout_rows, p.v_head_dim, scratch.dout_rows_right);
       Operands::add_weights_times_rows(keys, p.v_head_dim, weights, douts, scratch.dvalues + skip * value_width);
@@ -201,8 +251,12 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
       Operands::across_times_weights(p.head_dim, keys, keys_across, skip, dscores_right, scratch.dqueries,
                                      {false, nullptr});
       transpose<T>(scratch.dqueries, kPanelRows, key_width, kPanelRows, scratch.dquery_rows, key_width);
+    }
+    if (p.dq.data || p.dslope_rows) {
       turn.wait(turn.state, n);
-      add_dq<T>(panel, static_cast<T>(p.scale), scratch.dquery_rows);
+      if (p.dq.data) add_dq<T>(panel, static_cast<T>(p.scale), scratch.dquery_rows);
+      if (p.dslope_rows)
+        for (int64_t r = 0; r < panel.rows; ++r) *at<T>(p.dslope_rows, row_index(panel, locate(panel, r))) -= dslopes[r];
       turn.pass(turn.state, n);
     }
   }
@@ -220,6 +274,45 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
       store_row(scratch.dvalues + j * value_width, p.dtype, p.v_head_dim,
                 row_address(p.dv, p.dtype, s.row, tile.kv_head, token));
   }
+}
+
+// The gradient of one tile of bias: dS summed over all sequences, heads, queries and keys that read it.
+template <class Operands>
+void bias_tile(const AttentionParams& p, const BiasTile& tile, char* memory) {
+  using T = typename Operands::Sum;
+  const BackwardScratch<Operands> scratch(p, memory);
+  [[maybe_unused]] const typename Operands::Registers registers;
+  const Bias& bias = p.dbias;
+  const int64_t group = p.q_heads / p.kv_heads;
+  const bool rotated = p.rotated > 0;
+  T* sums = scratch.bias_sums;
+  for (int64_t first_key = tile.first_key; first_key < tile.last_key; first_key += kKeyBlock)
+    for (int64_t first_query = tile.first_query; first_query < tile.last_query; first_query += kPanelRows) {
+      const int64_t all_keys = smaller(kKeyBlock, tile.last_key - first_key);
+      const int64_t queries = smaller(kPanelRows, tile.last_query - first_query);
+      std::memset(sums, 0, kKeyBlock * kPanelRows * sizeof(T));
+      for (int64_t b = tile.first_batch; b < tile.last_batch; ++b)
+        for (int64_t head = tile.first_head; head < tile.last_head; ++head) {
+          const Sequence s = sequence(p, b);
+          const Panel panel = make_panel(p, s, head, 1, first_query, queries);
+          int64_t from, to;
+          if (!keys_in_block(panel.range, first_key, first_key + all_keys, &from, &to)) continue;
+          const int64_t keys = to - from;
+          load_queries_and_gradients<Operands>(panel, scratch);
+          Operands::load_left(p, s, head / group, p.k, from, keys, p.head_dim, rotated, scratch.keys, scratch.staging);
+          Operands::load_left(p, s, head / group, p.v, from, keys, p.v_head_dim, false, scratch.values, scratch.staging);
+          Operands::left_times_panel(keys, p.head_dim, scratch.keys, 0, scratch.queries, scratch.scores);
+          Operands::left_times_panel(keys, p.v_head_dim, scratch.values, 0, scratch.douts, scratch.dscores);
+          differentiate<Operands>(panel, from, keys, scratch);
+          T* to_sums = sums + (from - first_key) * kPanelRows;
+          for (int64_t i = 0; i < keys * kPanelRows; i += kWidth<T>)
+            store<T>(to_sums + i, load<T>(to_sums + i) + load<T>(scratch.dscores + i));
+        }
+      const int64_t at = tile.first_batch * bias.batch + tile.first_head * bias.head + first_query * bias.query + first_key * bias.key;
+      for (int64_t j = 0; j < all_keys; ++j)
+        for (int64_t r = 0; r < queries; ++r)
+          reinterpret_cast<T*>(bias.data)[at + r * bias.query + j * bias.key] += sums[j * kPanelRows + r];
+    }
 }
 
 template <class T>

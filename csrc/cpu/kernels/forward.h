@@ -4,28 +4,19 @@
 //   m' = max(m, rowmax S)             P = exp2(c S - c m')
 //   l' = l exp2(c m - c m') + sum P   O' = O exp2(c m - c m') + V^T P    [Dv, 64]
 //
-// with c = scale log2(e). At the end out = O / l and lse = (c m + log2 l) ln 2.
+// with c = scale log2(e) (scores.h). At the end out = O / l and lse = (c m + log2 l) ln 2; a learned sink adds to l alone.
 #pragma once
 
 #include <cmath>
 
 #include "cpu/kernels/operands.h"
+#include "cpu/kernels/philox.h"
+#include "cpu/kernels/scores.h"
 
 namespace longattn {
 namespace {
 
-constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.6931471805599453094;
-
-// The factor on q and the factor c on scores, so that c > 0 whatever the sign of scale.
-struct ScoreScale {
-  double query, exponent;
-};
-
-inline ScoreScale score_scale(const AttentionParams& p) {
-  if (p.scale == 0.0) return {0.0, kLog2e};
-  return {p.scale < 0 ? -1.0 : 1.0, (p.scale < 0 ? -p.scale : p.scale) * kLog2e};
-}
 
 template <class T>
 struct PanelState {  // of the online softmax; lanes
@@ -39,7 +30,7 @@ struct ForwardScratch {
   using T = typename Operands::Sum;
   using Operand = typename Operands::Operand;
   Operand *queries, *keys, *values, *values_across, *weights;
-  T *rows, *staging, *scores, *sums;
+  T *rows, *staging, *scores, *sums, *keep;
   PanelState<T>* states;
   Panel* panels;
   int64_t bytes;
@@ -57,38 +48,16 @@ struct ForwardScratch {
     values_across = arena.take<Operand>(Operands::across_size(p.v_head_dim));
     scores = arena.take<T>(kKeyRows * kPanelRows);         // S [keys][64]
     weights = arena.take<Operand>(kKeyRows * kPanelRows);  // P, right
+    keep = p.dropout_p > 0 ? arena.take<T>(kKeyRows * kPanelRows) : nullptr;
     bytes = arena.used;
   }
 };
 
-// Scores of keys [base, base + keys) become -inf where a query must not see the key.
-template <class T>
-inline void hide(const Panel& panel, int64_t base, int64_t keys, T* scores) {
-  constexpr int W = kWidth<T>;
-  const AttentionParams& p = *panel.params;
-  const bool* visible = p.key_mask ? p.key_mask + panel.sequence.index * p.nk + base : nullptr;
-  const int64_t full_start = panel.range.full_start - base, full_stop = panel.range.full_stop - base;
-  const bool partial = full_start > 0 || full_stop < keys;
-  if (!visible && !partial) return;
-  const Vec<T> hidden = splat<T>(-kInfinity);
-  LaneLimits<T> limits;
-  if (partial) lane_limits<T>(panel, base, keys, &limits);
-  for (int64_t j = 0; j < keys; ++j) {
-    T* row = scores + j * kPanelRows;
-    if (visible && !visible[j]) {
-      for (int n = 0; n < kPanelRows; n += W) store<T>(row + n, hidden);
-    } else if (j < full_start || j >= full_stop) {
-      const bool sink = base + j < p.sinks;
-      for (int n = 0; n < kPanelRows; n += W)
-        store<T>(row + n, sees<T>(limits, n, static_cast<Int<T>>(j), sink) ? load<T>(row + n) : hidden);
-    }
-  }
-}
-
-// One step of the online softmax over `keys` scores: they become weights, as right operand; the state moves on.
+// One step of the online softmax over `keys` scores: they become weights, as right operand; the state moves on. `keep`, if not
+// nullptr, multiplies the weights, not their sum.
 template <class Operands, class T = typename Operands::Sum>
-inline void softmax_step(int64_t keys, T exponent, const T* scores, typename Operands::Operand* weights,
-                         PanelState<T>* state) {
+inline void softmax_step(int64_t keys, T exponent, const T* scores, const T* keep,
+                         typename Operands::Operand* weights, PanelState<T>* state) {
   constexpr int W = kWidth<T>;
   const Vec<T> unseen = splat<T>(-kInfinity);
   for (int n = 0; n < kPanelRows; n += W) {
@@ -106,16 +75,21 @@ inline void softmax_step(int64_t keys, T exponent, const T* scores, typename Ope
     const Vec<T> decay = exp2<T, Operands::kExpTerms>(before * exponent - reference);
     Vec<T> sum{}, other_sum{};
     for (j = 0; j + 2 <= keys; j += 2) {
-      const Vec<T> a = exp2<T, Operands::kExpTerms>(load<T>(column + j * kPanelRows) * exponent - reference);
-      const Vec<T> b = exp2<T, Operands::kExpTerms>(load<T>(column + (j + 1) * kPanelRows) * exponent - reference);
-      Operands::store_right(weights, j, n, a, b);
+      Vec<T> a = exp2<T, Operands::kExpTerms>(load<T>(column + j * kPanelRows) * exponent - reference);
+      Vec<T> b = exp2<T, Operands::kExpTerms>(load<T>(column + (j + 1) * kPanelRows) * exponent - reference);
       sum += a;
       other_sum += b;
+      if (keep) {
+        a *= load<T>(keep + j * kPanelRows + n);
+        b *= load<T>(keep + (j + 1) * kPanelRows + n);
+      }
+      Operands::store_right(weights, j, n, a, b);
     }
     if (j < keys) {
-      const Vec<T> a = exp2<T, Operands::kExpTerms>(load<T>(column + j * kPanelRows) * exponent - reference);
-      Operands::store_right(weights, j, n, a, Vec<T>{});
+      Vec<T> a = exp2<T, Operands::kExpTerms>(load<T>(column + j * kPanelRows) * exponent - reference);
       sum += a;
+      if (keep) a *= load<T>(keep + j * kPanelRows + n);
+      Operands::store_right(weights, j, n, a, Vec<T>{});
     }
     store<T>(state->largest + n, largest);
     store<T>(state->decay + n, decay);
@@ -124,7 +98,7 @@ inline void softmax_step(int64_t keys, T exponent, const T* scores, typename Ope
   Operands::pad_right(weights, keys);
 }
 
-// out = O / l, lse = (c m + log2 l) ln 2; rows that saw nothing give 0 and -inf.
+// out = O / l, lse = (c m + log2 l) ln 2, with l counting the sink; rows that saw nothing give 0 and -inf, or the sink.
 template <class T>
 inline void finish_panel(const Panel& panel, T exponent, const PanelState<T>& state, const T* sums, T* rows) {
   const AttentionParams& p = *panel.params;
@@ -132,15 +106,21 @@ inline void finish_panel(const Panel& panel, T exponent, const PanelState<T>& st
   transpose<T>(sums, kPanelRows, width, kPanelRows, rows, width);
   for (int64_t r = 0; r < panel.rows; ++r) {
     const Row row = locate(panel, r);
-    const T total = state.total[r];
-    const T inverse = total == T(0) ? T(0) : T(1) / total;
+    double inverse = 0.0, lse = -static_cast<double>(kInfinity);
+    if (state.total[r] != T(0)) {
+      inverse = 1.0 / state.total[r];
+      lse = (static_cast<double>(state.largest[r]) * exponent) * kLn2 + ::log(static_cast<double>(state.total[r]));
+    }
+    if (p.sink_logits) {
+      const double sink = reinterpret_cast<const T*>(p.sink_logits)[row.head];
+      const double keys = lse, top = sink > keys ? sink : keys;
+      if (top > -static_cast<double>(kInfinity)) lse = top + ::log(::exp(keys - top) + ::exp(sink - top));
+      inverse *= ::exp(keys - lse);
+    }
     T* values = rows + r * width;
-    for (int64_t c = 0; c < p.v_head_dim; ++c) values[c] *= inverse;
+    for (int64_t c = 0; c < p.v_head_dim; ++c) values[c] *= static_cast<T>(inverse);
     store_row(values, p.dtype, p.v_head_dim, row_address(p.out, p.dtype, panel.sequence.row, row.head, row.token));
-    const T lse = total == T(0) ? T(-kInfinity)
-                                : static_cast<T>((static_cast<double>(state.largest[r]) * exponent) * kLn2 +
-                                                 ::log(static_cast<double>(total)));
-    *at<T>(p.lse, row_index(panel, row)) = lse;
+    *at<T>(p.lse, row_index(panel, row)) = static_cast<T>(lse);
   }
 }
 
@@ -174,7 +154,7 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
   const int64_t query_stride = Operands::panel_size(p.head_dim), sum_stride = kPanelRows * row_width(p.v_head_dim);
 
   for (int64_t n = 0; n < panels; ++n) {
-    scratch.panels[n] = make_panel(p, tile.sequence, tile.kv_head, first_row + n * kPanelRows,
+    scratch.panels[n] = make_panel(p, tile.sequence, tile.kv_head, group, first_row + n * kPanelRows,
                                    smaller(kPanelRows, rows - n * kPanelRows));
     load_panel<T>(scratch.panels[n], p.q, p.head_dim, row_width(p.head_dim), static_cast<T>(scale.query),
                   p.rotated > 0, scratch.rows);
@@ -206,8 +186,10 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
         auto* weights = Operands::weights(scratch.scores, scratch.weights);
         Operands::left_times_panel(keys, p.head_dim, scratch.keys, skip, scratch.queries + n * query_stride,
                                    scratch.scores);
+        if (adjusts(p)) adjust<T>(scratch.panels[n], from, keys, scratch.scores, nullptr);
         hide<T>(scratch.panels[n], from, keys, scratch.scores);
-        softmax_step<Operands>(keys, exponent, scratch.scores, weights, &scratch.states[n]);
+        if (scratch.keep) dropout_multipliers<T>(scratch.panels[n], from, keys, scratch.keep);
+        softmax_step<Operands>(keys, exponent, scratch.scores, scratch.keep, weights, &scratch.states[n]);
         Operands::across_times_weights(p.v_head_dim, keys, values, skip, weights, scratch.sums + n * sum_stride,
                                        {true, scratch.states[n].decay});
       }

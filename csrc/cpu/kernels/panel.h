@@ -64,8 +64,9 @@ inline PanelRange panel_range(const Panel& panel) {
   return range;
 }
 
-inline Panel make_panel(const AttentionParams& p, const Sequence& s, int64_t kv_head, int64_t first_row, int64_t rows) {
-  Panel panel{&p, s, kv_head, p.q_heads / p.kv_heads, first_row, rows, {}};
+inline Panel make_panel(const AttentionParams& p, const Sequence& s, int64_t kv_head, int64_t group, int64_t first_row,
+                        int64_t rows) {
+  Panel panel{&p, s, kv_head, group, first_row, rows, {}};
   panel.range = panel_range(panel);
   return panel;
 }

@@ -42,6 +42,10 @@ void backward_finish(const AttentionParams& p, const QueryTile& tile, char* scra
   p.dtype == DType::kFloat64 ? finish_tile<double>(p, tile, scratch) : finish_tile<float>(p, tile, scratch);
 }
 
+void backward_bias(const AttentionParams& p, const BiasTile& tile, char* scratch) {
+  with_operands(p.dtype, [&](auto o) { bias_tile<decltype(o)>(p, tile, scratch); });
+}
+
 int64_t rope_scratch(const RopeParams& p) {
   return p.width * static_cast<int64_t>(p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
 }
@@ -55,9 +59,8 @@ void rope(const RopeParams& p, int64_t batch, int64_t head, int64_t first, int64
 
 namespace LONGATTN_TARGET {
 extern const Kernels table;
-const Kernels table = {forward_scratch, forward,         backward_delta, backward_scratch,
-                       backward,        backward_finish, burst,          rope_scratch,
-                       rope};
+const Kernels table = {forward_scratch, forward,         backward_delta, backward_scratch, backward,
+                       backward_finish, backward_bias,   burst,          rope_scratch,     rope};
 }  // namespace LONGATTN_TARGET
 
 }  // namespace longattn

@@ -20,6 +20,13 @@ struct Angles {
   int64_t batch = 0;  // stride in elements, 0 if all sequences share them
 };
 
+// Added to scores, [batch, head, query, key]; strides in elements, 0 where it is broadcast.
+struct Bias {
+  char* data = nullptr;
+  int64_t batch = 0, head = 0, query = 0, key = 0;
+  DType dtype = DType::kFloat32;  // kBool: true = visible
+};
+
 // One attention call. "Accumulation type" is double for kFloat64, float otherwise.
 struct AttentionParams {
   int64_t batch = 0, q_heads = 0, kv_heads = 0, nq = 0, nk = 0, head_dim = 0, v_head_dim = 0;
@@ -41,6 +48,13 @@ struct AttentionParams {
   const int32_t* cu_seqlens_k = nullptr;  // [batch + 1]
 
   double scale = 1.0;
+  double softcap = 0.0;                // 0: none
+  Bias bias;
+  const char* alibi_slopes = nullptr;  // [1 or batch, q_heads], accumulation type; may be nullptr
+  int64_t slopes_batch = 0;            // stride of alibi_slopes
+  const char* sink_logits = nullptr;   // [q_heads], accumulation type; may be nullptr
+  double dropout_p = 0.0;
+  uint64_t seed = 0;  // of dropout
 
   int64_t rotated = 0;       // width that rope turns, 0: none
   bool interleaved = false;  // pairs (2i, 2i + 1) in place of (i, i + rotated / 2)
@@ -51,6 +65,8 @@ struct AttentionParams {
   const char* dlse = nullptr;   // as lse, may be nullptr
   char* delta = nullptr;        // workspace as lse
   Tensor4 dq_sum;               // accumulation type, zeroed; may be dq itself
+  char* dslope_rows = nullptr;  // as lse, zeroed: each query's part of the gradient of its head's slope; may be nullptr
+  Bias dbias;                   // accumulation type, zeroed, of bias's shape: its stride is 0 where bias is broadcast; may be nullptr
 
   int64_t threads = 1;
 };
