@@ -1,0 +1,38 @@
+"""The command line: longattn info | train | demo | bench."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from longattn._version import __version__
+from longattn.cli.bench import bench
+from longattn.cli.demo import demo
+from longattn.cli.info import info
+from longattn.cli.train import train
+from longattn.errors import InvalidInput, Unsupported
+
+__all__ = ["main"]
+
+
+class _Commands(click.Group):
+    """Tells the library's errors as messages: what was wrong is in them, and a traceback is not for the user."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (InvalidInput, Unsupported) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="longattn")
+def main() -> None:
+    """Exact attention over long contexts for PyTorch."""
+
+
+main.add_command(info)
+main.add_command(train)
+main.add_command(demo)
+main.add_command(bench)

@@ -1,0 +1,123 @@
+"""What the demo shows: tables, and the plot of loss by position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from longattn.evaluation import Cost, LossByPosition
+from longattn.training import TrainingResult
+
+_POINTS_PER_CONTEXT = 4  # of the plot, within the trained length
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The held-out texts as one model read them."""
+
+    name: str
+    loss: LossByPosition
+
+    def to_dict(self, width: int) -> dict[str, Any]:
+        """The mean losses, `width` positions at a time."""
+        return {"name": self.name, "buckets": [asdict(bucket) for bucket in self.loss.buckets(width)]}
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """One way to compute attention, and its cost or why it could not run."""
+
+    mask: str
+    name: str
+    cost: Cost | None
+    failure: str | None = None
+
+
+def print_training(console: Console, result: TrainingResult) -> None:
+    """What a training did, in one line."""
+    last = result.losses[-50:]
+    console.print(
+        f"{result.step} steps, {result.tokens:,} bytes in {result.seconds:.0f} s "
+        f"({result.tokens / result.seconds:,.0f} a second); loss of the last {len(last)} steps {sum(last) / len(last):.3f}"
+    )
+
+
+def print_readings(console: Console, readings: Sequence[Reading], context: int) -> None:
+    """Mean loss by position, a column for each reading."""
+    windows, length = readings[0].loss.losses.shape
+    title = f"Loss by position, nats per byte: {windows} held-out texts of {length} bytes, trained length {context}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("position")
+    for reading in readings:
+        table.add_column(reading.name, justify="right")
+    columns = [reading.loss.buckets(context) for reading in readings]
+    for row in zip(*columns, strict=True):
+        first = row[0]
+        table.add_row(f"{first.start}-{first.stop - 1}", *(f"{bucket.loss:.3f}" for bucket in row))
+    console.print()
+    console.print(table)
+
+
+def print_verdict(console: Console, readings: Sequence[Reading], context: int) -> None:
+    """The far end of each reading beside the loss at the trained length, with a full half of it to look back on."""
+    at_trained_length = readings[0].loss.bucket(context // 2, context).loss
+    length = readings[0].loss.losses.shape[1]
+    far = length - length // 4
+    console.print(f"\nLoss at the trained length (bytes {context // 2}-{context - 1}): {at_trained_length:.3f}. Bytes {far}-{length - 1}:")
+    for reading in readings:
+        loss = reading.loss.bucket(far, length).loss
+        console.print(f"  {loss:.3f} ({loss - at_trained_length:+.3f}) {reading.name}")
+
+
+def print_attention(console: Console, rows: Sequence[AttentionRow], length: int) -> None:
+    """Time and peak memory of each way to compute attention."""
+    sources = {row.cost.peak_source for row in rows if row.cost is not None}
+    title = f"One attention call, {length} tokens: forward, float32, 1 head of 64, each in a fresh process"
+    table = Table(title=title, title_justify="left", caption=f"memory: rise of {', '.join(sorted(sources))} over the inputs")
+    table.add_column("mask")
+    table.add_column("computed by")
+    table.add_column("seconds", justify="right")
+    table.add_column("peak MB", justify="right")
+    for row in rows:
+        if row.cost is None:
+            table.add_row(row.mask, row.name, row.failure, "-")
+        else:
+            table.add_row(row.mask, row.name, f"{row.cost.seconds:.3f}", f"{row.cost.peak_bytes / 1e6:,.1f}")
+    console.print()
+    console.print(table)
+
+
+def plot_readings(readings: Sequence[Reading], context: int, path: Path) -> None:
+    """Loss by position as a PNG."""
+    from matplotlib.figure import Figure
+
+    width = max(1, context // _POINTS_PER_CONTEXT)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for reading in readings:
+        buckets = reading.loss.buckets(width)
+        axes.plot([(bucket.start + bucket.stop) / 2 for bucket in buckets], [b.loss for b in buckets], label=reading.name)
+    axes.axvline(context, color="0.4", linestyle="--", linewidth=1)
+    axes.annotate(
+        f"trained length {context}",
+        (context, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, -4),
+        textcoords="offset points",
+        va="top",
+        color="0.4",
+    )
+    axes.set(
+        title="Reading past the trained length: Python source, byte level",
+        xlabel="position in the text (bytes)",
+        ylabel="loss (nats per byte)",
+        xlim=(0, readings[0].loss.losses.shape[1]),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,17 @@
+"""Evaluation: loss by position on long held-out text, and what one call costs in time and memory."""
+
+from longattn.evaluation.attention_cost import ATTENTION_CALLS, attention_cost
+from longattn.evaluation.loss_by_position import Bucket, LossByPosition, loss_by_position, loss_in_short_windows
+from longattn.evaluation.measure import Cost, CouldNotRun, measure
+
+__all__ = [
+    "ATTENTION_CALLS",
+    "Bucket",
+    "Cost",
+    "CouldNotRun",
+    "LossByPosition",
+    "attention_cost",
+    "loss_by_position",
+    "loss_in_short_windows",
+    "measure",
+]

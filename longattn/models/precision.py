@@ -1,0 +1,23 @@
+"""The dtype that a model's matrix products run in."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["autocast", "matmul_dtype"]
+
+
+def matmul_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it faster than float32, else float32."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        faster = capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+    return torch.bfloat16 if faster else torch.float32
+
+
+def autocast(device: torch.device | str, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to `dtype` on a device; of no effect for float32, the dtype of the weights."""
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)

@@ -1,0 +1,284 @@
+"""The training loop: AdamW, warm-up and cosine decay, clipped gradients, checkpoints, a progress bar."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from longattn.errors import InvalidInput
+from longattn.models import Decoder, autocast, matmul_dtype
+from longattn.scaling import finite_number
+from longattn.training.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+
+__all__ = ["Batches", "TrainingConfig", "TrainingResult", "train"]
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+class Batches(Protocol):
+    """Where a training's tokens come from."""
+
+    def batch(self, step: int) -> Tensor:
+        """The tokens of a step, int64 [B, N + 1]: the same whenever it is asked."""
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the batches, in plain Python values: a resumed training must have the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How to train.
+
+    Args:
+        steps: how many; with `seconds`, at least as many.
+        seconds: go on for at least this much wall-clock time. The learning rate then falls with the clock, so two such
+            trainings differ; with 0 a training is the same every time.
+        learning_rate: the peak.
+        final_learning_rate: where the cosine ends, as a share of the peak.
+        warmup: steps of linear rise.
+        weight_decay: of the matrices; vectors (norms) have none.
+        beta1, beta2: of AdamW.
+        max_grad_norm: gradients are scaled down to this norm.
+        precision: "bfloat16" runs the products of matrices in it (autocast; weights stay float32), "float32" does
+            not, "auto" does where the hardware gains from it.
+        save_every: steps between checkpoints; 0 saves at the end only.
+
+    Raises:
+        InvalidInput: a value out of range.
+    """
+
+    steps: int
+    seconds: float = 0.0
+    learning_rate: float = 2e-3
+    final_learning_rate: float = 0.1
+    warmup: int = 50
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    precision: str = "auto"
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("warmup", 0), ("save_every", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise InvalidInput(name, f"an int >= {low}", repr(value))
+        for name, low, high in (
+            ("seconds", 0.0, math.inf),
+            ("learning_rate", 0.0, math.inf),
+            ("final_learning_rate", 0.0, 1.0),
+            ("weight_decay", 0.0, math.inf),
+            ("beta1", 0.0, 1.0),
+            ("beta2", 0.0, 1.0),
+            ("max_grad_norm", 0.0, math.inf),
+        ):
+            finite_number(name, getattr(self, name), at_least=low, at_most=high)
+        if self.precision not in PRECISIONS:
+            raise InvalidInput("precision", f"one of {', '.join(PRECISIONS)}", repr(self.precision))
+
+    def progress(self, step: int, elapsed: float) -> float:
+        """The share of the training that is done after `step` steps and `elapsed` seconds; 1: all."""
+        done = step / self.steps
+        return min(done, elapsed / self.seconds) if self.seconds else done
+
+    def learning_rate_at(self, step: int, progress: float) -> float:
+        """Linear warm-up, then half a cosine (Loshchilov and Hutter, SGDR, arXiv 1608.03983)."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        fall = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+        return self.learning_rate * rise * (self.final_learning_rate + (1.0 - self.final_learning_rate) * fall)
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """What the products of matrices run in."""
+        return matmul_dtype(device) if self.precision == "auto" else getattr(torch, self.precision)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a call of `train` did.
+
+    losses: of each step, in nats per token. step: how many are done, those before a resume included.
+    tokens, seconds: of this call.
+    """
+
+    losses: list[float]
+    step: int
+    tokens: int
+    seconds: float
+
+
+def train(
+    model: Decoder,
+    batches: Batches,
+    config: TrainingConfig,
+    *,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    description: str = "training",
+    show_progress: bool = True,
+) -> TrainingResult:
+    """Train a model to predict each next token.
+
+    Ctrl-C ends the step at hand, saves, and raises KeyboardInterrupt; a second one does not wait.
+
+    Args:
+        model: trained in place, on its device.
+        batches: the data.
+        config: how.
+        checkpoint: where to save, every `save_every` steps, when interrupted, and at the end.
+        resume: go on from the checkpoint, which must be of this model, data and config. The losses are those that an
+            uninterrupted training would have had.
+        description: shown beside the progress bar; show_progress: whether there is one.
+
+    Raises:
+        InvalidInput: a checkpoint that is missing, damaged, or of another training.
+        FloatingPointError: the loss is not finite.
+    """
+    if resume and checkpoint is None:
+        raise InvalidInput("checkpoint", "a path to resume from", None)
+    device = next(model.parameters()).device
+    dtype = config.dtype(device)
+    settings = {"training": asdict(config), "data": batches.describe(), "dtype": str(dtype).removeprefix("torch.")}
+    optimizer = _optimizer(model, config)
+    step, before = 0, 0.0
+    if resume and checkpoint is not None:
+        step, before = _restore(load_checkpoint(checkpoint), model, optimizer, settings)
+
+    def save() -> None:
+        if checkpoint is not None:
+            elapsed = before + time.perf_counter() - start
+            save_checkpoint(checkpoint, _snapshot(model, optimizer, settings, step, elapsed))
+
+    losses: list[float] = []
+    tokens = 0
+    model.train()
+    start = time.perf_counter()
+    with _interrupt_between_steps() as interrupted, _progress_bar(description, show_progress) as show:
+        while (progress := config.progress(step, before + time.perf_counter() - start)) < 1.0:
+            batch = batches.batch(step).to(device)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate_at(step, progress)
+            with autocast(device, dtype):
+                loss = model.loss(batch[:, :-1], batch[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"the loss of step {step} is {losses[-1]}: lower the learning rate")
+            optimizer.step()
+
+            step += 1
+            tokens += batch[:, 1:].numel()
+            elapsed = time.perf_counter() - start
+            show(config.progress(step, before + elapsed), step, losses[-1], tokens / elapsed)
+            if interrupted():
+                save()
+                raise KeyboardInterrupt
+            if config.save_every and step % config.save_every == 0:
+                save()
+    save()
+    model.eval()
+    return TrainingResult(losses, step, tokens, time.perf_counter() - start)
+
+
+def _optimizer(model: Decoder, config: TrainingConfig) -> torch.optim.AdamW:
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+
+
+def _snapshot(
+    model: Decoder, optimizer: torch.optim.AdamW, settings: dict[str, Any], step: int, elapsed: float
+) -> Checkpoint:
+    state = {
+        f"{name}.{key}": value
+        for name, weight in model.named_parameters()
+        for key, value in optimizer.state[weight].items()
+    }
+    progress = {"step": step, "elapsed": elapsed}
+    return Checkpoint(model.config, model.state_dict(), state, torch.get_rng_state(), progress, settings)
+
+
+def _restore(
+    saved: Checkpoint, model: Decoder, optimizer: torch.optim.AdamW, settings: dict[str, Any]
+) -> tuple[int, float]:
+    """Put a checkpoint's state into model, optimiser and generator; (steps done, seconds used)."""
+    for name, ours, theirs in (
+        ("config", model.config.to_dict(), saved.config.to_dict()),
+        *((name, settings[name], saved.settings.get(name)) for name in settings),
+    ):
+        if ours != theirs:
+            raise InvalidInput(f"checkpoint's {name}", _different(ours, theirs), _different(theirs, ours))
+    load_weights(model, saved)
+    for name, weight in model.named_parameters():
+        state = {key: saved.optimizer.get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        if any(value is None for value in state.values()):
+            raise InvalidInput("checkpoint", "the optimiser's state of every weight", f"none of {name}")
+        optimizer.state[weight] = {key: value.to(weight.device) for key, value in state.items() if value is not None}
+    if saved.rng is not None:
+        torch.set_rng_state(saved.rng)
+    return saved.progress["step"], saved.progress["elapsed"]
+
+
+def _different(ours: Any, theirs: Any) -> Any:
+    """Of two descriptions, what `ours` says otherwise."""
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return ours
+    return {key: value for key, value in ours.items() if key not in theirs or theirs[key] != value}
+
+
+@contextmanager
+def _interrupt_between_steps() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C only takes note, for a step cut in two would leave weights and optimiser apart; a second one is not held."""
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals are not ours to handle
+        yield noted.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _progress_bar(description: str, shown: bool) -> Iterator[Callable[[float, int, float, float], None]]:
+    """A bar with step, loss (a running mean), tokens per second and time left: show(progress, step, loss, rate)."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("step {task.fields[step]}  loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not shown) as bar:
+        task = bar.add_task(description, total=1.0, step=0, loss=math.nan, rate=0.0)
+        mean: float | None = None
+
+        def show(progress: float, step: int, loss: float, rate: float) -> None:
+            nonlocal mean
+            mean = loss if mean is None else 0.95 * mean + 0.05 * loss
+            bar.update(task, completed=progress, step=step, loss=mean, rate=rate)
+
+        yield show
