@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cpu/attention.h"
 #include "cpu/check.h"
 #include "cpu/isa.h"
@@ -7,13 +9,56 @@
 
 namespace longattn {
 
+namespace {
+
+// With fewer tiles than this (decoding: few queries, many keys) each is cut along its keys, and the pieces are merged.
+constexpr int64_t kEnoughTiles = 64;
+constexpr int64_t kPieceKeys = 512;  // at least, of a piece
+
+// Pieces per tile: from shapes alone, so that results do not depend on the number of threads.
+int64_t pieces_per_tile(const AttentionParams& p, const std::vector<QueryTile>& tiles) {
+  if (tiles.empty()) return 1;
+  const KeyRange keys = keys_of(p, tiles.front());  // that sees the most
+  const int64_t most = (keys.stop - keys.start) / kPieceKeys;
+  return std::max<int64_t>(1, std::min(most, kEnoughTiles / static_cast<int64_t>(tiles.size())));
+}
+
+// The piece of a tile's keys, cut at whole blocks; the first takes the sinks.
+QueryTile piece_of(const AttentionParams& p, QueryTile tile, int64_t piece, int64_t pieces) {
+  const KeyRange keys = keys_of(p, tile);
+  const int64_t blocks = (keys.stop - keys.start + kKeyBlock - 1) / kKeyBlock;
+  if (piece > 0) tile.first_key = keys.start + blocks * piece / pieces * kKeyBlock;
+  if (piece + 1 < pieces) tile.last_key = keys.start + blocks * (piece + 1) / pieces * kKeyBlock;
+  return tile;
+}
+
+}  // namespace
+
 void attention_forward(const AttentionParams& params) {
   check_forward(params);
   const Kernels& isa = kernels();
   const std::vector<QueryTile> tiles = query_tiles(params);
+  const int64_t count = static_cast<int64_t>(tiles.size()), pieces = pieces_per_tile(params, tiles);
   const Scratch scratch(params.threads, isa.forward_scratch(params, panels_per_tile(params)));
-  parallel_for(params.threads, static_cast<int64_t>(tiles.size()),
-               [&](int64_t thread, int64_t index) { isa.forward(params, tiles[index], scratch.of(thread)); });
+  if (pieces == 1) {
+    parallel_for(params.threads, count,
+                 [&](int64_t thread, int64_t index) { isa.forward(params, tiles[index], scratch.of(thread)); });
+    return;
+  }
+  const int64_t number = params.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  const int64_t piece_bytes = panels_per_tile(params) * kPanelRows * (params.v_head_dim + 1) * number;
+  const Scratch partials(count, pieces * piece_bytes);
+  const auto rows_bytes = [&](const QueryTile& tile) {
+    return tile.queries * (params.q_heads / params.kv_heads) * (params.v_head_dim + 1) * number;
+  };
+  parallel_for(params.threads, count * pieces, [&](int64_t thread, int64_t index) {
+    const int64_t n = index / pieces, piece = index % pieces;
+    QueryTile tile = piece_of(params, tiles[n], piece, pieces);
+    tile.partial = partials.of(n) + piece * rows_bytes(tile);
+    isa.forward(params, tile, scratch.of(thread));
+  });
+  parallel_for(params.threads, count,
+               [&](int64_t, int64_t n) { isa.forward_merge(params, tiles[n], partials.of(n), pieces); });
 }
 
 }  // namespace longattn

@@ -20,6 +20,8 @@ struct QueryTile {
   Sequence sequence;
   int64_t kv_head;
   int64_t first_query, queries;
+  int64_t first_key = 0, last_key = INT64_MAX;  // attend to these keys only,
+  char* partial = nullptr;  // and leave the result here: [rows][v_head_dim + 1], accumulation type, lse last; no sink counted
 };
 
 struct KeyTile {
@@ -43,6 +45,9 @@ struct Turn {
 struct Kernels {
   int64_t (*forward_scratch)(const AttentionParams&, int64_t panels);  // bytes
   void (*forward)(const AttentionParams&, const QueryTile&, char* scratch);
+
+  // The whole of a tile from `pieces` partial results over disjoint keys, one after another.
+  void (*forward_merge)(const AttentionParams&, const QueryTile&, const char* partials, int64_t pieces);
 
   void (*backward_delta)(const AttentionParams&, const QueryTile&);  // delta_i = rowsum(dO * O) - dLSE_i
   int64_t (*backward_scratch)(const AttentionParams&);

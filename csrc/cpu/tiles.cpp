@@ -6,13 +6,6 @@ namespace longattn {
 
 namespace {
 
-// Keys that a tile reads, up to bounds.
-int64_t keys_seen(const AttentionParams& p, const QueryTile& tile) {
-  const int64_t first = tile.first_query + tile.sequence.shift;
-  const KeyRange range = kv_range({p.left, p.right, p.sinks}, first, first + tile.queries - 1, tile.sequence.lk);
-  return std::max<int64_t>(0, range.sinks) + std::max<int64_t>(0, range.stop - range.start);
-}
-
 // Queries of a tile.
 int64_t tile_queries(const AttentionParams& p) {
   const int64_t group = std::max<int64_t>(1, p.q_heads / p.kv_heads);
@@ -20,6 +13,11 @@ int64_t tile_queries(const AttentionParams& p) {
 }
 
 }  // namespace
+
+KeyRange keys_of(const AttentionParams& p, const QueryTile& tile) {
+  const int64_t first = tile.first_query + tile.sequence.shift;
+  return kv_range({p.left, p.right, p.sinks}, first, first + tile.queries - 1, tile.sequence.lk);
+}
 
 int64_t panels_per_tile(const AttentionParams& p) {
   const int64_t rows = tile_queries(p) * (p.q_heads / p.kv_heads);
@@ -34,7 +32,8 @@ std::vector<QueryTile> query_tiles(const AttentionParams& p) {
     for (int64_t first = 0; first < s.lq; first += queries)
       for (int64_t head = 0; head < p.kv_heads && group; ++head) {
         const QueryTile tile{s, head, first, std::min(queries, s.lq - first)};
-        costed.emplace_back(keys_seen(p, tile) * tile.queries, tile);
+        const KeyRange keys = keys_of(p, tile);
+        costed.emplace_back((std::max<int64_t>(0, keys.sinks) + keys.stop - keys.start) * tile.queries, tile);
       }
   }
   std::stable_sort(costed.begin(), costed.end(), [](const auto& a, const auto& b) { return a.first > b.first; });

@@ -13,4 +13,7 @@ int64_t panels_per_tile(const AttentionParams& params);
 // Every tile of queries, those that see the most keys first.
 std::vector<QueryTile> query_tiles(const AttentionParams& params);
 
+// The keys a tile sees lie in [start, stop), up to sinks before it and to bounds.
+KeyRange keys_of(const AttentionParams& params, const QueryTile& tile);
+
 }  // namespace longattn

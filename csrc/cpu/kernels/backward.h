@@ -233,8 +233,8 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
     if (!keys_in_block(panel.range, first, last, &from, &to)) continue;
     const int64_t keys = to - from, skip = from - first;
     load_queries_and_gradients<Operands>(panel, scratch);
-    Operands::left_times_panel(keys, p.head_dim, scratch.keys, skip, scratch.queries, scratch.scores);
-    Operands::left_times_panel(keys, p.v_head_dim, scratch.values, skip, scratch.douts, scratch.dscores);
+    Operands::left_times_panel(keys, kPanelRows, p.head_dim, scratch.keys, skip, scratch.queries, scratch.scores);
+    Operands::left_times_panel(keys, kPanelRows, p.v_head_dim, scratch.values, skip, scratch.douts, scratch.dscores);
     differentiate<Operands>(panel, from, keys, scratch);
     alignas(64) T dslopes[kPanelRows] = {};
     if (p.dslope_rows) slope_gradient<T>(panel, from, keys, scratch.dscores, dslopes);
@@ -248,7 +248,7 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
       Operands::add_weights_times_rows(keys, p.head_dim, dscores_left, queries, scratch.dkeys + skip * key_width);
     }
     if (p.dq.data) {
-      Operands::across_times_weights(p.head_dim, keys, keys_across, skip, dscores_right, scratch.dqueries,
+      Operands::across_times_weights(p.head_dim, kPanelRows, keys, keys_across, skip, dscores_right, scratch.dqueries,
                                      {false, nullptr});
       transpose<T>(scratch.dqueries, kPanelRows, key_width, kPanelRows, scratch.dquery_rows, key_width);
     }
@@ -301,8 +301,8 @@ void bias_tile(const AttentionParams& p, const BiasTile& tile, char* memory) {
           load_queries_and_gradients<Operands>(panel, scratch);
           Operands::load_left(p, s, head / group, p.k, from, keys, p.head_dim, rotated, scratch.keys, scratch.staging);
           Operands::load_left(p, s, head / group, p.v, from, keys, p.v_head_dim, false, scratch.values, scratch.staging);
-          Operands::left_times_panel(keys, p.head_dim, scratch.keys, 0, scratch.queries, scratch.scores);
-          Operands::left_times_panel(keys, p.v_head_dim, scratch.values, 0, scratch.douts, scratch.dscores);
+          Operands::left_times_panel(keys, kPanelRows, p.head_dim, scratch.keys, 0, scratch.queries, scratch.scores);
+          Operands::left_times_panel(keys, kPanelRows, p.v_head_dim, scratch.values, 0, scratch.douts, scratch.dscores);
           differentiate<Operands>(panel, from, keys, scratch);
           T* to_sums = sums + (from - first_key) * kPanelRows;
           for (int64_t i = 0; i < keys * kPanelRows; i += kWidth<T>)

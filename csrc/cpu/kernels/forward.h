@@ -56,11 +56,11 @@ struct ForwardScratch {
 // One step of the online softmax over `keys` scores: they become weights, as right operand; the state moves on. `keep`, if not
 // nullptr, multiplies the weights, not their sum.
 template <class Operands, class T = typename Operands::Sum>
-inline void softmax_step(int64_t keys, T exponent, const T* scores, const T* keep,
+inline void softmax_step(int64_t keys, int64_t lanes, T exponent, const T* scores, const T* keep,
                          typename Operands::Operand* weights, PanelState<T>* state) {
   constexpr int W = kWidth<T>;
   const Vec<T> unseen = splat<T>(-kInfinity);
-  for (int n = 0; n < kPanelRows; n += W) {
+  for (int64_t n = 0; n < lanes; n += W) {
     const T* column = scores + n;
     const Vec<T> before = load<T>(state->largest + n);
     Vec<T> largest = before, other = before;
@@ -98,29 +98,64 @@ inline void softmax_step(int64_t keys, T exponent, const T* scores, const T* kee
   Operands::pad_right(weights, keys);
 }
 
-// out = O / l, lse = (c m + log2 l) ln 2, with l counting the sink; rows that saw nothing give 0 and -inf, or the sink.
+// Writes a row of out and lse, given those of its keys alone: a learned sink takes its share here.
 template <class T>
-inline void finish_panel(const Panel& panel, T exponent, const PanelState<T>& state, const T* sums, T* rows) {
+inline void finish_row(const Panel& panel, int64_t r, double lse, T* values) {
+  const AttentionParams& p = *panel.params;
+  const Row row = locate(panel, r);
+  if (p.sink_logits) {
+    const double sink = reinterpret_cast<const T*>(p.sink_logits)[row.head], top = sink > lse ? sink : lse;
+    const double both = top == -kInfinity ? top : top + ::log(::exp(lse - top) + ::exp(sink - top));
+    const T share = both == -kInfinity ? T(0) : static_cast<T>(::exp(lse - both));
+    for (int64_t c = 0; c < p.v_head_dim; ++c) values[c] *= share;
+    lse = both;
+  }
+  store_row(values, p.dtype, p.v_head_dim, row_address(p.out, p.dtype, panel.sequence.row, row.head, row.token));
+  *at<T>(p.lse, row_index(panel, row)) = static_cast<T>(lse);
+}
+
+// out = O / l and lse = (c m + log2 l) ln 2 of the keys seen; rows that saw none give 0 and -inf.
+template <class T>
+inline void finish_panel(const Panel& panel, T exponent, const PanelState<T>& state, const T* sums, T* rows, T* partial) {
   const AttentionParams& p = *panel.params;
   const int64_t width = row_width(p.v_head_dim);
-  transpose<T>(sums, kPanelRows, width, kPanelRows, rows, width);
+  transpose<T>(sums, kPanelRows, width, panel_lanes(panel), rows, width);
   for (int64_t r = 0; r < panel.rows; ++r) {
-    const Row row = locate(panel, r);
-    double inverse = 0.0, lse = -static_cast<double>(kInfinity);
-    if (state.total[r] != T(0)) {
-      inverse = 1.0 / state.total[r];
-      lse = (static_cast<double>(state.largest[r]) * exponent) * kLn2 + ::log(static_cast<double>(state.total[r]));
-    }
-    if (p.sink_logits) {
-      const double sink = reinterpret_cast<const T*>(p.sink_logits)[row.head];
-      const double keys = lse, top = sink > keys ? sink : keys;
-      if (top > -static_cast<double>(kInfinity)) lse = top + ::log(::exp(keys - top) + ::exp(sink - top));
-      inverse *= ::exp(keys - lse);
-    }
+    const double total = state.total[r];
+    const T inverse = total == 0 ? T(0) : static_cast<T>(1 / total);
+    const double lse = total == 0 ? -kInfinity : static_cast<double>(state.largest[r]) * exponent * kLn2 + ::log(total);
     T* values = rows + r * width;
-    for (int64_t c = 0; c < p.v_head_dim; ++c) values[c] *= static_cast<T>(inverse);
-    store_row(values, p.dtype, p.v_head_dim, row_address(p.out, p.dtype, panel.sequence.row, row.head, row.token));
-    *at<T>(p.lse, row_index(panel, row)) = static_cast<T>(lse);
+    for (int64_t c = 0; c < p.v_head_dim; ++c) values[c] *= inverse;
+    if (partial) {
+      T* to = partial + r * (p.v_head_dim + 1);
+      std::memcpy(to, values, p.v_head_dim * sizeof(T));
+      to[p.v_head_dim] = static_cast<T>(lse);
+    } else {
+      finish_row<T>(panel, r, lse, values);
+    }
+  }
+}
+
+template <class T>
+void merge_tile(const AttentionParams& p, const QueryTile& tile, const char* partials, int64_t pieces) {
+  const int64_t group = p.q_heads / p.kv_heads, rows = tile.queries * group, width = p.v_head_dim + 1;
+  const Panel panel{&p, tile.sequence, tile.kv_head, group, tile.first_query * group, rows, {}};
+  T values[kMaxWidth];
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* part = reinterpret_cast<const T*>(partials) + r * width;
+    double top = -kInfinity, total = 0;
+    for (int64_t n = 0; n < pieces; ++n)
+      if (!(part[n * rows * width + p.v_head_dim] <= top)) top = part[n * rows * width + p.v_head_dim];
+    for (int64_t c = 0; c < p.v_head_dim; ++c) values[c] = T(0);
+    for (int64_t n = 0; n < pieces && top != -kInfinity; ++n) {
+      const T* from = part + n * rows * width;
+      const double weight = ::exp(from[p.v_head_dim] - top);
+      total += weight;
+      for (int64_t c = 0; c < p.v_head_dim; ++c) values[c] += static_cast<T>(weight) * from[c];
+    }
+    if (total != 0)
+      for (int64_t c = 0; c < p.v_head_dim; ++c) values[c] *= static_cast<T>(1 / total);
+    finish_row<T>(panel, r, total == 0 ? -kInfinity : top + ::log(total), values);
   }
 }
 
@@ -156,6 +191,7 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
   for (int64_t n = 0; n < panels; ++n) {
     scratch.panels[n] = make_panel(p, tile.sequence, tile.kv_head, group, first_row + n * kPanelRows,
                                    smaller(kPanelRows, rows - n * kPanelRows));
+    restrict(tile.first_key, tile.last_key, &scratch.panels[n].range);
     load_panel<T>(scratch.panels[n], p.q, p.head_dim, row_width(p.head_dim), static_cast<T>(scale.query),
                   p.rotated > 0, scratch.rows);
     Operands::right_of_transposed_rows(scratch.rows, p.head_dim, scratch.queries + n * query_stride, scratch.staging);
@@ -182,21 +218,23 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
         const int64_t from = larger(first, sinks ? range.sinks_start : range.start);
         const int64_t to = smaller(last, sinks ? range.sinks_stop : range.stop);
         if (from >= to) continue;
-        const int64_t keys = to - from, skip = from - first;
+        const int64_t keys = to - from, skip = from - first, lanes = panel_lanes(scratch.panels[n]);
         auto* weights = Operands::weights(scratch.scores, scratch.weights);
-        Operands::left_times_panel(keys, p.head_dim, scratch.keys, skip, scratch.queries + n * query_stride,
+        Operands::left_times_panel(keys, lanes, p.head_dim, scratch.keys, skip, scratch.queries + n * query_stride,
                                    scratch.scores);
         if (adjusts(p)) adjust<T>(scratch.panels[n], from, keys, scratch.scores, nullptr);
         hide<T>(scratch.panels[n], from, keys, scratch.scores);
         if (scratch.keep) dropout_multipliers<T>(scratch.panels[n], from, keys, scratch.keep);
-        softmax_step<Operands>(keys, exponent, scratch.scores, scratch.keep, weights, &scratch.states[n]);
-        Operands::across_times_weights(p.v_head_dim, keys, values, skip, weights, scratch.sums + n * sum_stride,
+        softmax_step<Operands>(keys, lanes, exponent, scratch.scores, scratch.keep, weights, &scratch.states[n]);
+        Operands::across_times_weights(p.v_head_dim, lanes, keys, values, skip, weights, scratch.sums + n * sum_stride,
                                        {true, scratch.states[n].decay});
       }
     }
   }
+  T* partial = reinterpret_cast<T*>(tile.partial);
   for (int64_t n = 0; n < panels; ++n)
-    finish_panel<T>(scratch.panels[n], exponent, scratch.states[n], scratch.sums + n * sum_stride, scratch.rows);
+    finish_panel<T>(scratch.panels[n], exponent, scratch.states[n], scratch.sums + n * sum_stride, scratch.rows,
+                    partial ? partial + n * kPanelRows * (p.v_head_dim + 1) : nullptr);
 }
 
 }  // namespace

@@ -53,16 +53,16 @@ struct FloatOperands {
   static void pad_right(Operand*, int64_t) {}
   static void pad_left(Operand*, int64_t) {}
 
-  static void left_times_panel(int64_t keys, int64_t columns, const Operand* left, int64_t skip, const Operand* right,
+  static void left_times_panel(int64_t keys, int64_t lanes, int64_t columns, const Operand* left, int64_t skip, const Operand* right,
                                Sum* c) {
     const int64_t width = row_width(columns);
-    product<Dot, Order::kRowMajor>(keys, kPanelRows, columns, left + skip * width, width, right, kPanelRows, c,
+    product<Dot, Order::kRowMajor>(keys, lanes, columns, left + skip * width, width, right, kPanelRows, c,
                                    kPanelRows, {false, nullptr});
   }
-  static void across_times_weights(int64_t columns, int64_t keys, const Operand* across, int64_t skip,
+  static void across_times_weights(int64_t columns, int64_t lanes, int64_t keys, const Operand* across, int64_t skip,
                                    const Operand* weights, Sum* c, Start<T> start) {
     const int64_t width = row_width(columns);
-    product<Dot, Order::kColumnMajor>(columns, kPanelRows, keys, across + skip * width, width, weights, kPanelRows, c,
+    product<Dot, Order::kColumnMajor>(columns, lanes, keys, across + skip * width, width, weights, kPanelRows, c,
                                       kPanelRows, start);
   }
   static void add_weights_times_rows(int64_t keys, int64_t columns, const Operand* weights, const Operand* right, Sum* c) {
@@ -175,15 +175,15 @@ struct BFloat16Operands {
     std::memset(left + keys * kPanelRows, 0, (round_up(keys, kDepth) - keys) * kPanelRows * sizeof(Operand));
   }
 
-  static void left_times_panel(int64_t keys, int64_t columns, const Operand* left, int64_t skip, const Operand* right,
+  static void left_times_panel(int64_t keys, int64_t lanes, int64_t columns, const Operand* left, int64_t skip, const Operand* right,
                                Sum* c) {
     const int64_t width = width_of(columns);
-    pair_product(keys, kPanelRows, width / 2, units(left + skip * width), width / 2, units(right), kPanelRows, c,
+    pair_product(keys, lanes, width / 2, units(left + skip * width), width / 2, units(right), kPanelRows, c,
                  kPanelRows, {false, nullptr});
   }
-  static void across_times_weights(int64_t columns, int64_t keys, const Operand* across, int64_t skip,
+  static void across_times_weights(int64_t columns, int64_t lanes, int64_t keys, const Operand* across, int64_t skip,
                                    const Operand* weights, Sum* c, Start<Sum> start) {
-    pair_product(columns, kPanelRows, round_up(keys, kDepth) / 2, units(across + skip), kAcrossWidth / 2,
+    pair_product(columns, lanes, round_up(keys, kDepth) / 2, units(across + skip), kAcrossWidth / 2,
                  units(weights), kPanelRows, c, kPanelRows, start);
   }
   static void add_weights_times_rows(int64_t keys, int64_t columns, const Operand* weights, const Operand* right, Sum* c) {

@@ -27,6 +27,17 @@ struct Panel {
   PanelRange range;
 };
 
+// Lanes in use: whole vectors on every instruction set.
+inline int64_t panel_lanes(const Panel& panel) { return round_up(panel.rows, 16); }
+
+// Drops the keys outside [first, last).
+inline void restrict(int64_t first, int64_t last, PanelRange* range) {
+  range->sinks_start = larger(range->sinks_start, first);
+  range->sinks_stop = smaller(range->sinks_stop, last);
+  range->start = larger(range->start, first);
+  range->stop = smaller(range->stop, last);
+}
+
 inline int64_t query_of(const Panel& panel, int64_t row) { return (panel.first_row + row) / panel.group; }
 
 inline Row locate(const Panel& panel, int64_t row) {

@@ -26,6 +26,11 @@ void forward(const AttentionParams& p, const QueryTile& tile, char* scratch) {
   with_operands(p.dtype, [&](auto o) { forward_tile<decltype(o)>(p, tile, scratch); });
 }
 
+void forward_merge(const AttentionParams& p, const QueryTile& tile, const char* partials, int64_t pieces) {
+  p.dtype == DType::kFloat64 ? merge_tile<double>(p, tile, partials, pieces)
+                             : merge_tile<float>(p, tile, partials, pieces);
+}
+
 void backward_delta(const AttentionParams& p, const QueryTile& tile) {
   p.dtype == DType::kFloat64 ? delta_tile<double>(p, tile) : delta_tile<float>(p, tile);
 }
@@ -59,8 +64,8 @@ void rope(const RopeParams& p, int64_t batch, int64_t head, int64_t first, int64
 
 namespace LONGATTN_TARGET {
 extern const Kernels table;
-const Kernels table = {forward_scratch, forward,         backward_delta, backward_scratch, backward,
-                       backward_finish, backward_bias,   burst,          rope_scratch,     rope};
+const Kernels table = {forward_scratch, forward,         forward_merge, backward_delta, backward_scratch, backward,
+                       backward_finish, backward_bias,   burst,         rope_scratch,   rope};
 }  // namespace LONGATTN_TARGET
 
 }  // namespace longattn
