@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "longattn"
 # never its neighbours. longattn/__init__.py and __main__.py may import everything, and nothing imports them.
 LAYERS = (
     ("cli",),
+    ("bench",),
     ("training", "evaluation"),
     ("integrations", "compat"),
     ("models",),
