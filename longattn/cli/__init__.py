@@ -7,10 +7,7 @@ from typing import Any
 import click
 
 from longattn._version import __version__
-from longattn.cli.bench import bench
-from longattn.cli.demo import demo
-from longattn.cli.info import info
-from longattn.cli.train import train
+from longattn.cli import bench, demo, info, train
 from longattn.errors import InvalidInput, Unsupported
 
 __all__ = ["main"]
@@ -32,7 +29,5 @@ def main() -> None:
     """Exact attention over long contexts for PyTorch."""
 
 
-main.add_command(info)
-main.add_command(train)
-main.add_command(demo)
-main.add_command(bench)
+for command in (info.info, train.train, demo.demo, bench.bench):
+    main.add_command(command)

@@ -89,8 +89,8 @@ def run(plan: Plan, out: Path, console: Console) -> None:
     model = Decoder(plan.model)
     weights = sum(weight.numel() for weight in model.parameters())
     console.print(
-        f"Text: the standard library of Python {platform.python_version()}, {len(corpus):,} bytes in {len(for_training)} "
-        f"files to train on; {len(held_out)} files are held out.\n"
+        f"Text: the standard library of Python {platform.python_version()}, {len(corpus):,} bytes in "
+        f"{len(for_training)} files to train on; {len(held_out)} files are held out.\n"
         f"Model: {weights:,} weights over bytes; {torch.get_num_threads()} threads, {_name(_DTYPE)} matrix products."
     )
 
@@ -150,7 +150,7 @@ def _extend(
     tuned = fit("Fine-tuning with YaRN", extended, long, plan.fine_tuning)
     readings += [
         read("YaRN + fine-tune", extended),
-        read("the same, window + sinks", extended.extended(window=plan.context, sinks=plan.sinks)),
+        read("and window + sinks", extended.extended(window=plan.context, sinks=plan.sinks)),
     ]
     return readings, {"training": trained, "fine_tuning": tuned}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from longattn.evaluation import Cost, LossByPosition
 from longattn.training import TrainingResult
@@ -40,56 +40,47 @@ class AttentionRow:
 
 def print_training(console: Console, result: TrainingResult) -> None:
     """What a training did, in one line."""
-    last = result.losses[-50:]
+    last, rate = result.losses[-50:], result.tokens / result.seconds
     console.print(
-        f"{result.step} steps, {result.tokens:,} bytes in {result.seconds:.0f} s "
-        f"({result.tokens / result.seconds:,.0f} a second); loss of the last {len(last)} steps {sum(last) / len(last):.3f}"
+        f"{result.step} steps, {result.tokens:,} bytes in {result.seconds:.0f} s ({rate:,.0f} a second); "
+        f"loss of the last {len(last)} steps {sum(last) / len(last):.3f}"
     )
 
 
 def print_readings(console: Console, readings: Sequence[Reading], context: int) -> None:
     """Mean loss by position, a column for each reading."""
     windows, length = readings[0].loss.losses.shape
-    title = f"Loss by position, nats per byte: {windows} held-out texts of {length} bytes, trained length {context}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("position")
-    for reading in readings:
-        table.add_column(reading.name, justify="right")
-    columns = [reading.loss.buckets(context) for reading in readings]
-    for row in zip(*columns, strict=True):
-        first = row[0]
-        table.add_row(f"{first.start}-{first.stop - 1}", *(f"{bucket.loss:.3f}" for bucket in row))
-    console.print()
+    table = Table("bytes", *(Column(reading.name, justify="right") for reading in readings))
+    for row in zip(*(reading.loss.buckets(context) for reading in readings), strict=True):
+        table.add_row(f"{row[0].start}-{row[0].stop - 1}", *(f"{bucket.loss:.3f}" for bucket in row))
+    console.print(f"\nLoss by position in {windows} held-out texts of {length} bytes, nats per byte")
     console.print(table)
 
 
 def print_verdict(console: Console, readings: Sequence[Reading], context: int) -> None:
-    """The far end of each reading beside the loss at the trained length, with a full half of it to look back on."""
+    """The far quarter of each reading beside the loss at the trained length, its first half looked back on."""
     at_trained_length = readings[0].loss.bucket(context // 2, context).loss
     length = readings[0].loss.losses.shape[1]
     far = length - length // 4
-    console.print(f"\nLoss at the trained length (bytes {context // 2}-{context - 1}): {at_trained_length:.3f}. Bytes {far}-{length - 1}:")
+    console.print(f"At the trained length (bytes {context // 2}-{context - 1}): {at_trained_length:.3f}")
+    console.print(f"At the far end (bytes {far}-{length - 1}):")
     for reading in readings:
         loss = reading.loss.bucket(far, length).loss
-        console.print(f"  {loss:.3f} ({loss - at_trained_length:+.3f}) {reading.name}")
+        console.print(f"  {loss:.3f} ({loss - at_trained_length:+.3f})  {reading.name}")
 
 
 def print_attention(console: Console, rows: Sequence[AttentionRow], length: int) -> None:
     """Time and peak memory of each way to compute attention."""
-    sources = {row.cost.peak_source for row in rows if row.cost is not None}
-    title = f"One attention call, {length} tokens: forward, float32, 1 head of 64, each in a fresh process"
-    table = Table(title=title, title_justify="left", caption=f"memory: rise of {', '.join(sorted(sources))} over the inputs")
-    table.add_column("mask")
-    table.add_column("computed by")
-    table.add_column("seconds", justify="right")
-    table.add_column("peak MB", justify="right")
+    table = Table("mask", "computed by", Column("seconds", justify="right"), Column("peak MB", justify="right"))
     for row in rows:
         if row.cost is None:
             table.add_row(row.mask, row.name, row.failure, "-")
         else:
             table.add_row(row.mask, row.name, f"{row.cost.seconds:.3f}", f"{row.cost.peak_bytes / 1e6:,.1f}")
-    console.print()
+    sources = sorted({row.cost.peak_source for row in rows if row.cost is not None})
+    console.print(f"\nOne attention call over {length} tokens: forward, 1 head of 64, float32, in a process of its own")
     console.print(table)
+    console.print(f"peak: how far resident memory rose over what the process held before ({', '.join(sources)})")
 
 
 def plot_readings(readings: Sequence[Reading], context: int, path: Path) -> None:
@@ -101,7 +92,8 @@ def plot_readings(readings: Sequence[Reading], context: int, path: Path) -> None
     axes = figure.subplots()
     for reading in readings:
         buckets = reading.loss.buckets(width)
-        axes.plot([(bucket.start + bucket.stop) / 2 for bucket in buckets], [b.loss for b in buckets], label=reading.name)
+        middles = [(bucket.start + bucket.stop) / 2 for bucket in buckets]
+        axes.plot(middles, [bucket.loss for bucket in buckets], label=reading.name)
     axes.axvline(context, color="0.4", linestyle="--", linewidth=1)
     axes.annotate(
         f"trained length {context}",

@@ -35,7 +35,8 @@ def info() -> None:
         facts.add_row(name, value)
     console.print(facts)
 
-    backends = Table("backend", "status", "cannot", title="backends, in order of preference", title_justify="left")
+    console.print("\nbackends, in order of preference:")
+    backends = Table("backend", "status", "cannot run")
     for backend in registry.BACKENDS:
         missing = backend.unavailable()
         backends.add_row(

@@ -69,8 +69,9 @@ def train(
     Ctrl-C saves; the same command with --resume goes on from there, to the same losses.
     """
     console = Console(highlight=False)
-    if out.exists() and not resume:
-        raise InvalidInput("--out", "a new file, or --resume to go on from it", out)
+    if out.exists() != resume:
+        expected = "a checkpoint to resume from" if resume else "a new file, or --resume beside it"
+        raise InvalidInput("--out", expected, out)
     model_config = TransformerConfig(
         dim=dim,
         layers=layers,
@@ -91,7 +92,9 @@ def train(
     torch.manual_seed(seed)
     model = Decoder(model_config)
     weights = sum(weight.numel() for weight in model.parameters())
-    console.print(f"{weights:,} weights; {len(corpus):,} bytes in {len(for_training)} files, {len(for_evaluation)} held out")
+    console.print(
+        f"{weights:,} weights; {len(corpus):,} bytes in {len(for_training)} files, {len(for_evaluation)} files held out"
+    )
     try:
         result = run_training(model, batches, training_config, checkpoint=out, resume=resume)
     except KeyboardInterrupt:

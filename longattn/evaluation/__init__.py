@@ -1,8 +1,8 @@
 """Evaluation: loss by position on long held-out text, and what one call costs in time and memory."""
 
-from longattn.evaluation.attention_cost import ATTENTION_CALLS, attention_cost
-from longattn.evaluation.loss_by_position import Bucket, LossByPosition, loss_by_position, loss_in_short_windows
-from longattn.evaluation.measure import Cost, CouldNotRun, measure
+from longattn.evaluation.attention_calls import ATTENTION_CALLS, attention_cost
+from longattn.evaluation.by_position import Bucket, LossByPosition, loss_by_position, loss_in_short_windows
+from longattn.evaluation.cost import Cost, CouldNotRun, measure
 
 __all__ = [
     "ATTENTION_CALLS",

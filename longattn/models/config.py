@@ -27,8 +27,8 @@ class TransformerConfig:
         heads: Hq, query heads.
         kv_heads: Hkv, a divisor of heads; heads by default.
         head_dim: D, even; dim / heads by default.
-        hidden: inner width of the feed-forward layers; 8/3 dim by default, rounded up to a multiple of 64, where SwiGLU's
-            three matrices weigh what two of width 4 dim do (Shazeer, GLU Variants, arXiv 2002.05202).
+        hidden: inner width of the feed-forward layers; 8/3 dim by default, rounded up to a multiple of 64, where
+            SwiGLU's three matrices weigh what two of width 4 dim do (Shazeer, GLU Variants, arXiv 2002.05202).
         max_length: the trained length, in tokens. Longer inputs run; a rope_scaling or sliding layers make them work.
         pattern: one letter a layer, repeated over the layers: "L" full causal attention, "S" a sliding window.
             "SSSL" is three sliding layers, then a full one.

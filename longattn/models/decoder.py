@@ -77,7 +77,7 @@ class Decoder(nn.Module):
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """The normalised output of the last block, [B, N, C]: what the output projection reads."""
-        self._check_ids("tokens", tokens)
+        self._check_ids(tokens)
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
@@ -134,13 +134,16 @@ class Decoder(nn.Module):
         decoder.load_state_dict(self.state_dict(keep_vars=True), assign=True)
         return decoder.train(self.training)
 
-    def _check_ids(self, name: str, tokens: Tensor) -> None:
+    def _check_ids(self, tokens: Tensor) -> None:
         expected = f"an int tensor [B, N] of ids in [0, {self.config.vocab_size})"
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
-            got = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise InvalidInput(name, expected, got)
+            raise InvalidInput("tokens", expected, _describe(tokens))
         if torch.compiler.is_compiling() or not tokens.numel():
             return
         low, high = torch.stack(tokens.aminmax()).tolist()
         if low < 0 or high >= self.config.vocab_size:
-            raise InvalidInput(name, expected, f"ids {low}..{high}")
+            raise InvalidInput("tokens", expected, f"ids {low}..{high}")
+
+
+def _describe(x: object) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

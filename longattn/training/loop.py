@@ -71,10 +71,10 @@ class TrainingConfig:
     save_every: int = 200
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("warmup", 0), ("save_every", 0)):
+        for name, least in (("steps", 1), ("warmup", 0), ("save_every", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise InvalidInput(name, f"an int >= {low}", repr(value))
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidInput(name, f"an int >= {least}", repr(value))
         for name, low, high in (
             ("seconds", 0.0, math.inf),
             ("learning_rate", 0.0, math.inf),
@@ -243,7 +243,7 @@ def _different(ours: Any, theirs: Any) -> Any:
 
 @contextmanager
 def _interrupt_between_steps() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C only takes note, for a step cut in two would leave weights and optimiser apart; a second one is not held."""
+    """Ctrl-C is noted only: a step cut in two would leave weights and optimiser apart. A second one works as ever."""
     noted = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals are not ours to handle
         yield noted.is_set

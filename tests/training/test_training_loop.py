@@ -120,7 +120,12 @@ def test_saves_on_the_way(batches: RandomWindows, tmp_path: Path) -> None:
             steps.append(load_checkpoint(path).progress["step"] if path.exists() else None)
             return super().batch(step)
 
-    train(model(), Watched(batches.corpus, batch_size=4, length=16), replace(TEN_STEPS, steps=5, save_every=2), checkpoint=path)
+    train(
+        model(),
+        Watched(batches.corpus, batch_size=4, length=16),
+        replace(TEN_STEPS, steps=5, save_every=2),
+        checkpoint=path,
+    )
     assert steps == [None, None, 2, 2, 4]
     assert load_checkpoint(path).progress["step"] == 5
 

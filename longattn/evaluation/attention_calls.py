@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longattn.errors import InvalidInput
-from longattn.evaluation.measure import Cost, measure
+from longattn.evaluation.cost import Cost, measure
 from longattn.functional import attention
 
 __all__ = ["ATTENTION_CALLS", "attention_cost"]
@@ -98,12 +98,10 @@ def attention_cost(
         "window": window,
         "sinks": sinks,
     }
-    return measure("longattn.evaluation.attention_cost:prepare", arguments, threads=threads)
+    return measure("longattn.evaluation.attention_calls:prepare", arguments, threads=threads)
 
 
-def prepare(
-    name: str, length: int, heads: int, head_dim: int, window: int | None, sinks: int
-) -> Callable[[], object]:
+def prepare(name: str, length: int, heads: int, head_dim: int, window: int | None, sinks: int) -> Callable[[], object]:
     """The call that `attention_cost` measures, for `measure`."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, length, head_dim, generator=generator) for _ in range(3))

@@ -21,7 +21,7 @@ import torch
 
 __all__ = ["Cost", "CouldNotRun", "measure"]
 
-_REPEAT_FOR = 1.0  # seconds that short calls are repeated for
+_REPEAT_FOR = 0.5  # seconds that short calls are repeated for
 
 
 @dataclass(frozen=True)

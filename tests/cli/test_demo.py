@@ -1,0 +1,46 @@
+"""The demo at its smallest: every part runs, and every figure is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from longattn.cli import main
+from longattn.cli.demo import Plan
+
+
+def test_quick_demo_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    result = CliRunner().invoke(main, ["demo", "--quick", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert (out / "loss_by_position.png").read_bytes().startswith(b"\x89PNG")
+
+    results = json.loads((out / "results.json").read_text())
+    plan = results["plan"]
+    length = plan["factor"] * plan["context"]
+    names = [reading["name"] for reading in results["loss_by_position"]]
+    assert names == ["32 bytes at a time", "no extension", "YaRN", "YaRN + fine-tune", "and window + sinks"]
+    for reading in results["loss_by_position"]:
+        buckets = reading["buckets"]
+        assert [bucket["start"] for bucket in buckets] == list(range(0, length, plan["context"]))
+        assert buckets[-1]["stop"] == length
+        assert all(0 < bucket["loss"] < 2 * math.log(256) for bucket in buckets)
+    assert results["trainings"]["training"]["steps"] == plan["training"]["steps"]
+    assert results["trainings"]["fine_tuning"]["steps"] == plan["fine_tuning"]["steps"]
+
+    assert len(results["attention"]) == 5
+    for row in results["attention"]:
+        assert row["failure"] is None and row["cost"]["seconds"] > 0
+        assert f"{row['cost']['seconds']:.3f}" in result.output
+    assert str(out / "results.json") in result.output.replace("\n", "")
+
+
+def test_the_full_demo_keeps_its_promises_of_size() -> None:
+    plan = Plan()
+    assert plan.length == 8 * plan.context == 8 * plan.model.max_length
+    assert plan.attention_length == 16384
+    assert plan.windows >= 64
+    assert plan.training.seconds + plan.fine_tuning.seconds <= 200  # of five minutes in all
