@@ -82,7 +82,7 @@ class Machine:
         software = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         peaks = ", ".join(f"{dtype} {peak / 1e9:.0f}" for dtype, peak in self.peaks.items())
         return [
-            f"{self.device} ({self.system}), {self.cores} cores, {self.threads} threads",
+            f"{self.device} ({self.system}), cores: {self.cores}, threads: {self.threads}",
             f"instructions: {', '.join(self.extensions) or 'baseline'}; ours use {self.isa or 'none: no CPU kernels'}",
             f"measured peak, GFLOP/s: {peaks or 'unknown'}",
             f"{software}; load average {'unknown' if self.load is None else self.load}",

@@ -46,14 +46,14 @@ def _plot_set(report: Report, name: str, cases: list[Case], path: Path) -> Path:
         band, column = divmod(place, columns)
         time, memory = axes[2 * band][column], axes[2 * band + 1][column]
         time.set_title(curve, fontsize=9)
-        _draw(time, "seconds", report, points, styles, lambda result: result.median)
-        _draw(memory, "peak extra bytes", report, points, styles, _memory)
+        _draw(time, "time", "s", report, points, styles, lambda result: result.median)
+        _draw(memory, "peak extra memory", "B", report, points, styles, _memory)
     for place in range(len(curves), bands * columns):
         band, column = divmod(place, columns)
         axes[2 * band][column].set_axis_off()
         axes[2 * band + 1][column].set_axis_off()
     machine = report.machine
-    figure.suptitle(f"{name}: {machine.device}, {machine.threads} threads, torch {machine.versions['torch']}")
+    figure.suptitle(f"{name}: {machine.device}, threads: {machine.threads}, torch {machine.versions['torch']}")
     lines = [Line2D([], [], label=contender, **style) for contender, style in styles.items()]
     figure.legend(handles=lines, loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
     figure.savefig(path, dpi=110)
@@ -63,11 +63,14 @@ def _plot_set(report: Report, name: str, cases: list[Case], path: Path) -> Path:
 def _draw(
     axis: Any,
     label: str,
+    unit: str,
     report: Report,
     points: list[Case],
     styles: dict[str, dict[str, Any]],
     value: Callable[[Result], float | None],
 ) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator
+
     for contender, style in styles.items():
         found = [
             (result.case.length, value(result))
@@ -80,6 +83,8 @@ def _draw(
             axis.plot(*zip(*known, strict=True), **style)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.yaxis.set_major_formatter(EngFormatter(unit))
     axis.set_xticks([case.length for case in points], [_short(case.length) for case in points])
     axis.minorticks_off()
     axis.set_ylabel(label)
