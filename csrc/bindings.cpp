@@ -63,8 +63,9 @@ void def_bias(Class<AttentionParams>& cls, const char* name, Bias AttentionParam
                               static_cast<int32_t>(x.dtype));
       },
       [field](AttentionParams& p, const std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int32_t>& x) {
-        p.*field = Bias{reinterpret_cast<char*>(std::get<0>(x)), std::get<1>(x), std::get<2>(x),
-                        std::get<3>(x),                          std::get<4>(x), static_cast<DType>(std::get<5>(x))};
+        p.*field = Bias{
+            reinterpret_cast<char*>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x), std::get<4>(x),
+            static_cast<DType>(std::get<5>(x))};
       });
 }
 

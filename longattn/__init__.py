@@ -13,8 +13,8 @@ from longattn.mask import Mask
 from longattn.rope import Rope
 
 if TYPE_CHECKING:
-    from longattn import models as models
-    from longattn import nn as nn
+    import longattn.models as models
+    import longattn.nn as nn
 
 __all__ = [
     "Explanation",
@@ -28,6 +28,8 @@ __all__ = [
     "attention_varlen",
     "explain",
     "merge_attention",
+    "models",
+    "nn",
     "scaling",
 ]
 

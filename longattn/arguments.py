@@ -115,9 +115,9 @@ def packed(
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     _, q_heads, tq, _ = q.shape
     tk = k.shape[2]
-    for name, value in (("key_mask", key_mask), ("bounds", bounds), ("bias", bias)):
-        if value is not None:
-            raise InvalidInput(name, "None with packed sequences", type(value).__name__)
+    for name, unwanted in (("key_mask", key_mask), ("bounds", bounds), ("bias", bias)):
+        if unwanted is not None:
+            raise InvalidInput(name, "None with packed sequences", type(unwanted).__name__)
     cu_seqlens_q = _cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
     cu_seqlens_k = _cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
     batch = cu_seqlens_q.shape[0] - 1
@@ -239,7 +239,7 @@ def _problem(
         q.requires_grad
         or k.requires_grad
         or v.requires_grad
-        or any([x is not None and x.requires_grad for x in (tensors.bias, tensors.alibi_slopes, tensors.sink_logits)])
+        or any(x is not None and x.requires_grad for x in (tensors.bias, tensors.alibi_slopes, tensors.sink_logits))
     )
     return Problem(
         batch=batch,
@@ -350,14 +350,12 @@ def _bias(bias: Tensor | None, shape: tuple[int, ...], device: torch.device) -> 
         raise InvalidInput("bias", expected, _describe(bias))
     while bias.dim() < 4:
         bias = bias[None]
-    if any([size != 1 and size != full for size, full in zip(bias.shape, shape, strict=True)]):
+    if any(size != 1 and size != full for size, full in zip(bias.shape, shape, strict=True)):
         raise InvalidInput("bias", expected, f"shape {tuple(bias.shape)}")
     return _on_device("bias", bias, device)
 
 
-def _floats(
-    name: str, x: Tensor | None, shapes: Sequence[tuple[int, ...]], device: torch.device
-) -> Tensor | None:
+def _floats(name: str, x: Tensor | None, shapes: Sequence[tuple[int, ...]], device: torch.device) -> Tensor | None:
     return None if x is None else _tensor(name, x, "floating", DTYPES, shapes, device)
 
 
@@ -383,8 +381,7 @@ def _frequencies(rope: Rope | None, q: Tensor, length: int) -> tuple[Tensor | No
         raise InvalidInput("rope", "None or a longattn.Rope", type(rope).__name__)
     if rope.dim > q.shape[-1]:
         raise InvalidInput("rope", f"a rotated width of at most head_dim {q.shape[-1]}", f"dim {rope.dim}")
-    inv_freq, factor = rope.frequencies(length)
-    return inv_freq.to(q.device), factor
+    return rope.frequencies(length, q.device)
 
 
 def _positions(
@@ -416,7 +413,9 @@ def _check_reach(mask: Mask, nq: int, nk: int) -> None:
     first, last = mask.position(0, nq, nk), mask.position(nq - 1, nq, nk)
     if nq and nk and (last >= nk or (first < 0 and mask.right != 0)):
         raise InvalidInput(
-            "positions", f"a pair (for q, for k), as queries stand at {first}..{last}, outside k's {nk} entries", "one tensor"
+            "positions",
+            f"a pair (for q, for k), as queries stand at {first}..{last}, outside k's {nk} entries",
+            "one tensor",
         )
 
 

@@ -52,7 +52,8 @@ def attention(
         causal: right = 0.
         window: W: the W newest keys if causal, else W - 1 on both sides; or (left, right), -1 for unbounded.
         sinks: the first keys, that stay visible however far to the left.
-        align: "end": offset = Nk - Nq (key_lens - Nq with key_lens); "start": 0; or the offset, an int or an int tensor [B].
+        align: "end": offset = Nk - Nq (key_lens - Nq with key_lens); "start": 0; or the offset, an int or an int
+            tensor [B].
         key_mask: bool [B, Nk], True = visible.
         key_lens: int32 [B], keys from there on are hidden.
         bounds: (lo, hi), int32 [Nq] or [B, Nq]: query i sees keys lo[i] <= j < hi[i] only.
@@ -69,8 +70,8 @@ def attention(
         backend: "auto" takes the first that can run the call; a named one never falls back.
 
     Returns:
-        out [B, Hq, Nq, Dv], laid out in memory as q; with return_lse also lse [B, Hq, Nq], the natural logarithm of each
-        query's sum of exponentials, in float32 (float64 for float64 inputs).
+        out [B, Hq, Nq, Dv], laid out in memory as q; with return_lse also lse [B, Hq, Nq], the natural logarithm of
+        each query's sum of exponentials, in float32 (float64 for float64 inputs).
 
     Raises:
         InvalidInput: an argument breaks the contract.
@@ -206,7 +207,9 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     total = torch.where(seen, total, 1.0)
     lse = torch.where(seen, torch.log(total) + largest, -torch.inf)
     weights = (weights / total)[..., None]
-    out = sum((weight * out.to(weights.dtype) for weight, out in zip(weights, outs, strict=True)), start=torch.zeros(()))
+    out = sum(
+        (weight * out.to(weights.dtype) for weight, out in zip(weights, outs, strict=True)), start=torch.zeros(())
+    )
     return out.to(outs[0].dtype), lse
 
 
@@ -255,7 +258,9 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Explanation:
     return _explain(problem, name)
 
 
-_DEFAULTS = {name: value for name, value in (attention.__kwdefaults__ or {}).items() if name not in ("return_lse", "backend")}
+_DEFAULTS = {
+    name: value for name, value in (attention.__kwdefaults__ or {}).items() if name not in ("return_lse", "backend")
+}
 
 
 def _explain(problem: Problem, name: str) -> Explanation:

@@ -36,7 +36,8 @@ _library.define(
     tags=_TAGS,
 )
 _library.define(
-    "rope(Tensor x, Tensor inv_freq, Tensor positions, float factor, bool interleaved, bool inverse, str backend) -> Tensor",
+    "rope(Tensor x, Tensor inv_freq, Tensor positions, float factor, bool interleaved, bool inverse, str backend) "
+    "-> Tensor",
     tags=_TAGS,
 )
 
@@ -115,7 +116,8 @@ def _unflatten(args: tuple[Any, ...]) -> tuple[Tensors, Problem, str]:
 
 def _empty_laid_out_as(x: Tensor, width: int) -> Tensor:
     """An empty tensor of x's shape but for the last dimension, its dimensions in memory in x's order."""
-    order = sorted(range(3), key=lambda dim: -x.stride(dim))
+    strides = x.stride()
+    order = sorted(range(3), key=lambda dim: -strides[dim])
     return torch.empty_permuted((*x.shape[:3], width), (*order, 3), dtype=x.dtype, device=x.device)
 
 

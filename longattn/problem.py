@@ -33,11 +33,24 @@ class Tensors(NamedTuple):
     sink_logits: Tensor | None = None  # floating [Hq]
     inv_freq: Tensor | None = None  # float32 [rotated width / 2]: rope
     positions_q: Tensor | None = None  # float32 [Nq] or [B, Nq]: in place of p_i in the rotation
-    positions_k: Tensor | None = None  # float32 [Nk] or [B, Nk]: in place of j; queries read entry p_i unless positions_q
+    positions_k: Tensor | None = (
+        None  # float32 [Nk] or [B, Nk]: in place of j; queries read entry p_i unless positions_q
+    )
     seed: Tensor | None = None  # int64 [1]: dropout
 
 
-FEATURES = ("key_mask", "key_lens", "bounds", "bias", "softcap", "alibi_slopes", "sink_logits", "rope", "dropout", "varlen")
+FEATURES = (
+    "key_mask",
+    "key_lens",
+    "bounds",
+    "bias",
+    "softcap",
+    "alibi_slopes",
+    "sink_logits",
+    "rope",
+    "dropout",
+    "varlen",
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-// Attention on the CPU: a call is checked, cut into tiles, and handed to threads. Results do not depend on the number of threads.
+// Attention on the CPU: a call is checked, cut into tiles, and handed to threads. Results do not depend on the number
+// of threads.
 #pragma once
 
 #include "longattn/params.h"

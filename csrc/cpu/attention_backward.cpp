@@ -13,8 +13,9 @@ namespace longattn {
 
 namespace {
 
-// The key tiles of one sequence and head form a chain: each adds to a row of dq only after its predecessors have, so that sums are always
-// in the same order. Tiles are handed out along the chains, so the first unfinished one never waits.
+// The key tiles of one sequence and head form a chain: each adds to a row of dq only after its predecessors have, so
+// that sums are always in the same order. Tiles are handed out along the chains, so the first unfinished one never
+// waits.
 class Chain {
  public:
   static constexpr int64_t kDone = INT64_MAX;
@@ -47,7 +48,8 @@ struct Link {
   int64_t chain, place;  // place in the chain
 };
 
-// Tiles in the order of their places in the chains, so that a thread rarely meets its predecessor; long sequences first.
+// Tiles in the order of their places in the chains, so that a thread rarely meets its predecessor; long sequences
+// first.
 std::vector<Link> key_tiles(const AttentionParams& p, std::vector<int64_t>* chain_starts) {
   std::vector<Sequence> sequences;
   for (int64_t b = 0; b < p.batch; ++b) sequences.push_back(sequence(p, b));
@@ -70,16 +72,17 @@ std::vector<Link> key_tiles(const AttentionParams& p, std::vector<int64_t>* chai
       const int64_t first = place * kKeyBlock;
       if (first >= s.lk) continue;
       for (int64_t head = 0; head < p.kv_heads; ++head)
-        links.push_back({{s, head, first, std::min(kKeyBlock, s.lk - first)},
-                         static_cast<int64_t>(n) * p.kv_heads + head,
-                         place});
+        links.push_back(
+            {{s, head, first, std::min(kKeyBlock, s.lk - first)}, static_cast<int64_t>(n) * p.kv_heads + head, place});
     }
   return links;
 }
 
 // Tiles of the gradient of bias that no other tile writes.
 std::vector<BiasTile> bias_tiles(const AttentionParams& p) {
-  const auto step = [](int64_t stride, int64_t size, int64_t tile) { return stride ? tile : std::max<int64_t>(1, size); };
+  const auto step = [](int64_t stride, int64_t size, int64_t tile) {
+    return stride ? tile : std::max<int64_t>(1, size);
+  };
   const Bias& bias = p.dbias;
   const int64_t batches = step(bias.batch, p.batch, 1), heads = step(bias.head, p.q_heads, 1);
   const int64_t queries = step(bias.query, p.nq, kPanelRows), keys = step(bias.key, p.nk, kKeyBlock);
@@ -122,9 +125,8 @@ void attention_backward(const AttentionParams& params) {
 
   if (params.dbias.data) {
     const std::vector<BiasTile> tiles = bias_tiles(params);
-    parallel_for(params.threads, static_cast<int64_t>(tiles.size()), [&](int64_t thread, int64_t index) {
-      isa.backward_bias(params, tiles[index], scratch.of(thread));
-    });
+    parallel_for(params.threads, static_cast<int64_t>(tiles.size()),
+                 [&](int64_t thread, int64_t index) { isa.backward_bias(params, tiles[index], scratch.of(thread)); });
   }
 }
 

@@ -17,7 +17,8 @@ void expect(bool condition, const char* argument, const std::string& expected, c
 }
 
 void expect_size(const char* name, int64_t value, int64_t low, int64_t high) {
-  expect(value >= low && value <= high, name, std::to_string(low) + " to " + std::to_string(high), std::to_string(value));
+  expect(value >= low && value <= high, name, std::to_string(low) + " to " + std::to_string(high),
+         std::to_string(value));
 }
 
 // Addresses of all elements stay far from the ends of 64-bit numbers.

@@ -1,5 +1,5 @@
-// What an instruction set provides: plain functions over one tile of work. The drivers (attention_forward.cpp, attention_backward.cpp,
-// rope.cpp) cut a call into tiles and hand them to threads; they know nothing of vectors.
+// What an instruction set provides: plain functions over one tile of work. The drivers (attention_forward.cpp,
+// attention_backward.cpp, rope.cpp) cut a call into tiles and hand them to threads; they know nothing of vectors.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,9 @@
 
 namespace longattn {
 
-// Rows of a query tile run over queries first and heads of the group fastest: row r is query first_query + r / group, head
-// kv_head * group + r % group. 64 rows make a panel, the unit of the kernels: its rows lie in the lanes of vectors.
+// Rows of a query tile run over queries first and heads of the group fastest: row r is query first_query + r / group,
+// head kv_head * group + r % group. 64 rows make a panel, the unit of the kernels: its rows lie in the lanes of
+// vectors.
 constexpr int64_t kPanelRows = 64;
 constexpr int64_t kTilePanels = 4;  // of a query tile, unless the heads of one query fill more
 constexpr int64_t kKeyBlock = 128;  // keys held in a tile
@@ -21,7 +22,8 @@ struct QueryTile {
   int64_t kv_head;
   int64_t first_query, queries;
   int64_t first_key = 0, last_key = INT64_MAX;  // attend to these keys only,
-  char* partial = nullptr;  // and leave the result here: [rows][v_head_dim + 1], accumulation type, lse last; no sink counted
+  char* partial =
+      nullptr;  // and leave the result here: [rows][v_head_dim + 1], accumulation type, lse last; no sink counted
 };
 
 struct KeyTile {
@@ -30,7 +32,8 @@ struct KeyTile {
   int64_t first_key, keys;
 };
 
-// A tile of the gradient of bias, and everything that reads it: wider than one panel and block of keys where bias is broadcast.
+// A tile of the gradient of bias, and everything that reads it: wider than one panel and block of keys where bias is
+// broadcast.
 struct BiasTile {
   int64_t first_batch, last_batch, first_head, last_head, first_query, last_query, first_key, last_key;
 };

@@ -16,8 +16,8 @@ void rope(const RopeParams& params) {
   const int64_t tiles = (params.tokens + kTokens - 1) / kTokens;
   parallel_for(params.threads, params.batch * params.heads * tiles, [&](int64_t thread, int64_t index) {
     const int64_t first = index / params.heads % tiles * kTokens;
-    isa.rope(params, index / params.heads / tiles, index % params.heads, first, std::min(kTokens, params.tokens - first),
-             scratch.of(thread));
+    isa.rope(params, index / params.heads / tiles, index % params.heads, first,
+             std::min(kTokens, params.tokens - first), scratch.of(thread));
   });
 }
 

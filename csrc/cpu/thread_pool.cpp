@@ -35,7 +35,8 @@ class Pool {
 
  private:
   void start(int64_t thread) {
-    std::thread(&Pool::loop, this, thread, generation_).detach();  // lives as long as the process: the pool is never destroyed
+    std::thread(&Pool::loop, this, thread, generation_)
+        .detach();  // lives as long as the process: the pool is never destroyed
     ++started_;
   }
 

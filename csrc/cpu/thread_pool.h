@@ -6,9 +6,9 @@
 
 namespace longattn {
 
-// Runs task(thread, index) for every index of [0, count), indices handed out in ascending order to at most `threads` threads, the
-// caller's among them; `thread` is below `threads`. Returns when all are done. Calls from several threads take turns; a forked child starts
-// threads of its own. Tasks must not throw.
+// Runs task(thread, index) for every index of [0, count), indices handed out in ascending order to at most `threads`
+// threads, the caller's among them; `thread` is below `threads`. Returns when all are done. Calls from several threads
+// take turns; a forked child starts threads of its own. Tasks must not throw.
 void parallel_for(int64_t threads, int64_t count, const std::function<void(int64_t thread, int64_t index)>& task);
 
 }  // namespace longattn

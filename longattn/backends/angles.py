@@ -11,7 +11,8 @@ from longattn.problem import Problem, Tensors
 def rotation_positions(problem: Problem, tensors: Tensors) -> tuple[Tensor | None, Tensor, int]:
     """(for q, for k, start), both float32 [N] or [B, N]; for q None: query i stands where key start + i stands.
 
-    Packed sequences count from the start of each. Queries that stand outside the keys and see none of them may get any position.
+    Packed sequences count from the start of each. Queries that stand outside the keys, and see none of them, may get
+    any position.
     """
     mask, device = problem.mask, tensors.q.device
     if problem.varlen:
@@ -62,7 +63,9 @@ def _shift(problem: Problem, tensors: Tensors, lq: int | Tensor, lk: int | Tenso
 def _locate(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """(sequence, place in it) of each packed token; tokens outside all sequences count as of the nearest."""
     index = torch.arange(tokens, device=cu_seqlens.device)
-    sequence = (torch.searchsorted(cu_seqlens, index, right=True, out_int32=False) - 1).clamp(0, max(0, len(cu_seqlens) - 2))
+    sequence = (torch.searchsorted(cu_seqlens, index, right=True, out_int32=False) - 1).clamp(
+        0, max(0, len(cu_seqlens) - 2)
+    )
     return sequence, index - cu_seqlens[sequence]
 
 

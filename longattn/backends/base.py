@@ -58,7 +58,14 @@ class Backend(ABC):
 
     @abstractmethod
     def rope(
-        self, x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, interleaved: bool, inverse: bool, out: Tensor
+        self,
+        x: Tensor,
+        inv_freq: Tensor,
+        positions: Tensor,
+        factor: float,
+        interleaved: bool,
+        inverse: bool,
+        out: Tensor,
     ) -> None:
         """Fill out with x [B, H, N, D], its first 2 * len(inv_freq) entries rotated and scaled by `factor`.
 

@@ -95,7 +95,14 @@ class CpuBackend(Backend):
             grads.sink_logits.copy_(-(weights * delta).sum((0, 2)))
 
     def rope(
-        self, x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, interleaved: bool, inverse: bool, out: Tensor
+        self,
+        x: Tensor,
+        inv_freq: Tensor,
+        positions: Tensor,
+        factor: float,
+        interleaved: bool,
+        inverse: bool,
+        out: Tensor,
     ) -> None:
         params = native().RopeParams()
         params.batch, params.heads, params.tokens, params.width = x.shape
@@ -190,8 +197,8 @@ def _view(x: Tensor) -> tuple[int, int, int, int]:
 
 def _bias(x: Tensor) -> tuple[int, int, int, int, int, int]:
     """Address, strides (0 where it is broadcast) and dtype of a 4-D bias."""
-    strides = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), *strides, _DTYPES[x.dtype]
+    batch, head, query, key = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), batch, head, query, key, _DTYPES[x.dtype]
 
 
 def _tables(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""Dropout's counter-based generator: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+"""Dropout's counter-based generator, Philox4x32-10.
 
-The key is the 64-bit seed (low word, high word). The counter of entry (b, h, i, j) is (j // 4, i, h, b), and its random number is
-word j % 4 of the output; the entry is dropped if that is below p * 2^32. Every backend draws the same numbers.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011. The key is the 64-bit seed (low word, high word).
+The counter of entry (b, h, i, j) is (j // 4, i, h, b), and its random number is word j % 4 of the output; the entry is
+dropped if that is below p * 2^32. Every backend draws the same numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-// Products of bfloat16 pairs on the tile registers of AMX: 16 rows by 16 columns of C, 32 numbers deep, per instruction.
+// Products of bfloat16 pairs on the tile registers of AMX: 16 rows by 16 columns of C, 32 numbers deep, per
+// instruction.
 #pragma once
 
 #include "cpu/kernels/gemm.h"
@@ -8,10 +9,12 @@ namespace {
 
 #if defined(__AMX_BF16__)
 
-// The intrinsics do not tell the compiler what memory they read: stores before this are done before loads of tiles after it.
+// The intrinsics do not tell the compiler what memory they read: stores before this are done before loads of tiles
+// after it.
 inline void finish_stores() { asm volatile("" ::: "memory"); }
 
-// All eight tiles are 16 rows of 64 bytes while this lives; released at the end, or every context switch would save them.
+// All eight tiles are 16 rows of 64 bytes while this lives; released at the end, or every context switch would save
+// them.
 struct TileRegisters {
   TileRegisters() {
     struct alignas(64) {
@@ -66,14 +69,15 @@ template <int kColumns>
 inline void tile_column(int64_t rows, int64_t depth, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
                         float* c, int64_t ldc, bool add) {
   int64_t m = 0;
-  for (; m + kTile < rows; m += 2 * kTile) tile_block<2, kColumns>(depth, a + m * lda, lda, b, ldb, c + m * ldc, ldc, add);
+  for (; m + kTile < rows; m += 2 * kTile)
+    tile_block<2, kColumns>(depth, a + m * lda, lda, b, ldb, c + m * ldc, ldc, add);
   if (m < rows) tile_block<1, kColumns>(depth, a + m * lda, lda, b, ldb, c + m * ldc, ldc, add);
 }
 
-// C = start + A B for bfloat16 pairs, `columns` and `depth` multiples of 16. Rows go up to a multiple of 16: those of a are read, and those
-// of c written, past the last.
-inline void pair_product(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda, const uint32_t* b,
-                         int64_t ldb, float* c, int64_t ldc, Start<float> start) {
+// C = start + A B for bfloat16 pairs, `columns` and `depth` multiples of 16. Rows go up to a multiple of 16: those of a
+// are read, and those of c written, past the last.
+inline void pair_product(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda,
+                         const uint32_t* b, int64_t ldb, float* c, int64_t ldc, Start<float> start) {
   constexpr int W = kWidth<float>;
   if (start.factor)
     for (int64_t m = 0; m < rows; ++m)

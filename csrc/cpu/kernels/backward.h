@@ -17,12 +17,12 @@ template <class Operands>
 struct BackwardScratch {
   using T = typename Operands::Sum;
   using Operand = typename Operands::Operand;
-  Operand *keys, *values, *keys_across;                      // left
+  Operand *keys, *values, *keys_across;  // left
   Operand *queries, *douts, *query_rows_right, *dout_rows_right;
   Operand *weights, *dscores_left, *dscores_right;
-  T *dkeys, *dvalues;                                        // [keys][width]
-  T *query_rows, *dout_rows, *dqueries, *dquery_rows;        // [64][width], dqueries [width][64]
-  T *scores, *dscores, *keep, *capped, *bias_sums;           // [keys][64]; the latter three may be nullptr
+  T *dkeys, *dvalues;                                  // [keys][width]
+  T *query_rows, *dout_rows, *dqueries, *dquery_rows;  // [64][width], dqueries [width][64]
+  T *scores, *dscores, *keep, *capped, *bias_sums;     // [keys][64]; the latter three may be nullptr
   T* staging;
   int64_t bytes;
 
@@ -102,8 +102,8 @@ struct LaneSoftmax {
   }
 };
 
-// From products and dP to P and dS: what the two derivatives of a block of scores share. `dscores` takes the gradient of the scores
-// themselves, before the softcap's slope.
+// From products and dP to P and dS: what the two derivatives of a block of scores share. `dscores` takes the gradient
+// of the scores themselves, before the softcap's slope.
 template <class Operands, class T = typename Operands::Sum>
 inline void differentiate(const Panel& panel, int64_t base, int64_t keys, const BackwardScratch<Operands>& scratch) {
   constexpr int W = kWidth<T>;
@@ -116,7 +116,8 @@ inline void differentiate(const Panel& panel, int64_t base, int64_t keys, const 
   for (int64_t j = 0; j < keys; ++j)
     for (int n = 0; n < kPanelRows; n += W) {
       const int64_t at = j * kPanelRows + n;
-      const Vec<T> weight = exp2<T, Operands::kExpTerms>(load<T>(scratch.scores + at) * exponent - load<T>(lanes.lse + n));
+      const Vec<T> weight =
+          exp2<T, Operands::kExpTerms>(load<T>(scratch.scores + at) * exponent - load<T>(lanes.lse + n));
       Vec<T> dweight = load<T>(scratch.dscores + at);
       if (scratch.keep) dweight *= load<T>(scratch.keep + at);
       const Vec<T> dscore = weight * (dweight - load<T>(lanes.delta + n));
@@ -228,7 +229,8 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
   int64_t from_query, to_query;
   queries_of_keys(p, s, first, last, &from_query, &to_query);
   for (int64_t n = from_query * group / kPanelRows; n * kPanelRows < to_query * group; ++n) {
-    const Panel panel = make_panel(p, s, tile.kv_head, group, n * kPanelRows, smaller(kPanelRows, rows - n * kPanelRows));
+    const Panel panel =
+        make_panel(p, s, tile.kv_head, group, n * kPanelRows, smaller(kPanelRows, rows - n * kPanelRows));
     int64_t from, to;
     if (!keys_in_block(panel.range, first, last, &from, &to)) continue;
     const int64_t keys = to - from, skip = from - first;
@@ -256,7 +258,8 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
       turn.wait(turn.state, n);
       if (p.dq.data) add_dq<T>(panel, static_cast<T>(p.scale), scratch.dquery_rows);
       if (p.dslope_rows)
-        for (int64_t r = 0; r < panel.rows; ++r) *at<T>(p.dslope_rows, row_index(panel, locate(panel, r))) -= dslopes[r];
+        for (int64_t r = 0; r < panel.rows; ++r)
+          *at<T>(p.dslope_rows, row_index(panel, locate(panel, r))) -= dslopes[r];
       turn.pass(turn.state, n);
     }
   }
@@ -300,7 +303,8 @@ void bias_tile(const AttentionParams& p, const BiasTile& tile, char* memory) {
           const int64_t keys = to - from;
           load_queries_and_gradients<Operands>(panel, scratch);
           Operands::load_left(p, s, head / group, p.k, from, keys, p.head_dim, rotated, scratch.keys, scratch.staging);
-          Operands::load_left(p, s, head / group, p.v, from, keys, p.v_head_dim, false, scratch.values, scratch.staging);
+          Operands::load_left(p, s, head / group, p.v, from, keys, p.v_head_dim, false, scratch.values,
+                              scratch.staging);
           Operands::left_times_panel(keys, kPanelRows, p.head_dim, scratch.keys, 0, scratch.queries, scratch.scores);
           Operands::left_times_panel(keys, kPanelRows, p.v_head_dim, scratch.values, 0, scratch.douts, scratch.dscores);
           differentiate<Operands>(panel, from, keys, scratch);
@@ -308,7 +312,8 @@ void bias_tile(const AttentionParams& p, const BiasTile& tile, char* memory) {
           for (int64_t i = 0; i < keys * kPanelRows; i += kWidth<T>)
             store<T>(to_sums + i, load<T>(to_sums + i) + load<T>(scratch.dscores + i));
         }
-      const int64_t at = tile.first_batch * bias.batch + tile.first_head * bias.head + first_query * bias.query + first_key * bias.key;
+      const int64_t at =
+          tile.first_batch * bias.batch + tile.first_head * bias.head + first_query * bias.query + first_key * bias.key;
       for (int64_t j = 0; j < all_keys; ++j)
         for (int64_t r = 0; r < queries; ++r)
           reinterpret_cast<T*>(bias.data)[at + r * bias.query + j * bias.key] += sums[j * kPanelRows + r];

@@ -4,7 +4,8 @@
 //   m' = max(m, rowmax S)             P = exp2(c S - c m')
 //   l' = l exp2(c m - c m') + sum P   O' = O exp2(c m - c m') + V^T P    [Dv, 64]
 //
-// with c = scale log2(e) (scores.h). At the end out = O / l and lse = (c m + log2 l) ln 2; a learned sink adds to l alone.
+// with c = scale log2(e) (scores.h). At the end out = O / l and lse = (c m + log2 l) ln 2; a learned sink adds to l
+// alone.
 #pragma once
 
 #include <cmath>
@@ -19,7 +20,7 @@ namespace {
 constexpr double kLn2 = 0.6931471805599453094;
 
 template <class T>
-struct PanelState {  // of the online softmax; lanes
+struct PanelState {                   // of the online softmax; lanes
   alignas(64) T largest[kPanelRows];  // m
   alignas(64) T total[kPanelRows];    // l
   alignas(64) T decay[kPanelRows];    // exp2(c m - c m')
@@ -53,8 +54,8 @@ struct ForwardScratch {
   }
 };
 
-// One step of the online softmax over `keys` scores: they become weights, as right operand; the state moves on. `keep`, if not
-// nullptr, multiplies the weights, not their sum.
+// One step of the online softmax over `keys` scores: they become weights, as right operand; the state moves on. `keep`,
+// if not nullptr, multiplies the weights, not their sum.
 template <class Operands, class T = typename Operands::Sum>
 inline void softmax_step(int64_t keys, int64_t lanes, T exponent, const T* scores, const T* keep,
                          typename Operands::Operand* weights, PanelState<T>* state) {
@@ -116,7 +117,8 @@ inline void finish_row(const Panel& panel, int64_t r, double lse, T* values) {
 
 // out = O / l and lse = (c m + log2 l) ln 2 of the keys seen; rows that saw none give 0 and -inf.
 template <class T>
-inline void finish_panel(const Panel& panel, T exponent, const PanelState<T>& state, const T* sums, T* rows, T* partial) {
+inline void finish_panel(const Panel& panel, T exponent, const PanelState<T>& state, const T* sums, T* rows,
+                         T* partial) {
   const AttentionParams& p = *panel.params;
   const int64_t width = row_width(p.v_head_dim);
   transpose<T>(sums, kPanelRows, width, panel_lanes(panel), rows, width);
@@ -192,8 +194,8 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
     scratch.panels[n] = make_panel(p, tile.sequence, tile.kv_head, group, first_row + n * kPanelRows,
                                    smaller(kPanelRows, rows - n * kPanelRows));
     restrict(tile.first_key, tile.last_key, &scratch.panels[n].range);
-    load_panel<T>(scratch.panels[n], p.q, p.head_dim, row_width(p.head_dim), static_cast<T>(scale.query),
-                  p.rotated > 0, scratch.rows);
+    load_panel<T>(scratch.panels[n], p.q, p.head_dim, row_width(p.head_dim), static_cast<T>(scale.query), p.rotated > 0,
+                  scratch.rows);
     Operands::right_of_transposed_rows(scratch.rows, p.head_dim, scratch.queries + n * query_stride, scratch.staging);
     std::memset(scratch.sums + n * sum_stride, 0, sum_stride * sizeof(T));
     for (int64_t r = 0; r < kPanelRows; ++r) {

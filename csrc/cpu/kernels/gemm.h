@@ -1,6 +1,7 @@
-// Register-tiled products of small tiles: C[m][n] = start + sum_k A(m, k) B[k][n]. One unit of a row of A is broadcast against vectors
-// of B; 6 rows by kRegisterColumns vectors of C stay in registers. A unit is a number, or a pair of bfloat16 numbers for the
-// instructions that multiply pairs and add both products: then k counts pairs, and B[k][n] holds a pair too.
+// Register-tiled products of small tiles: C[m][n] = start + sum_k A(m, k) B[k][n]. One unit of a row of A is broadcast
+// against vectors of B; 6 rows by kRegisterColumns vectors of C stay in registers. A unit is a number, or a pair of
+// bfloat16 numbers for the instructions that multiply pairs and add both products: then k counts pairs, and B[k][n]
+// holds a pair too.
 #pragma once
 
 #include "cpu/kernels/simd.h"
@@ -85,11 +86,16 @@ inline void column_product(int64_t rows, int64_t depth, const typename Dot::Unit
     tile_product<Dot, order, kRegisterRows, Columns>(depth, a + m * step, lda, b, ldb, c + m * ldc, ldc, start);
   const typename Dot::Unit* tail = a + m * step;
   switch (rows - m) {
-    case 5: return tile_product<Dot, order, 5, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
-    case 4: return tile_product<Dot, order, 4, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
-    case 3: return tile_product<Dot, order, 3, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
-    case 2: return tile_product<Dot, order, 2, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
-    case 1: return tile_product<Dot, order, 1, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
+    case 5:
+      return tile_product<Dot, order, 5, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
+    case 4:
+      return tile_product<Dot, order, 4, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
+    case 3:
+      return tile_product<Dot, order, 3, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
+    case 2:
+      return tile_product<Dot, order, 2, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
+    case 1:
+      return tile_product<Dot, order, 1, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
   }
 }
 
@@ -117,8 +123,8 @@ void product(int64_t rows, int64_t columns, int64_t depth, const typename Dot::U
 
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 // Of bfloat16 pairs; `rows` of c may be exceeded by what amx.h does, never here.
-inline void pair_product(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda, const uint32_t* b,
-                         int64_t ldb, float* c, int64_t ldc, Start<float> start) {
+inline void pair_product(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda,
+                         const uint32_t* b, int64_t ldb, float* c, int64_t ldc, Start<float> start) {
   product<PairDotProduct, Order::kRowMajor>(rows, columns, depth, a, lda, b, ldb, c, ldc, start);
 }
 #endif

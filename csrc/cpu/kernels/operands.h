@@ -4,8 +4,8 @@
 //   across  X^T of a left X, as the operand whose units are broadcast
 //   right   the operand in vectors: [depth][columns]
 //
-// FloatOperands keeps numbers in the accumulation type. BFloat16Operands keeps them in bfloat16, two neighbours along the depth of the
-// product making a unit, for instructions that multiply pairs.
+// FloatOperands keeps numbers in the accumulation type. BFloat16Operands keeps them in bfloat16, two neighbours along
+// the depth of the product making a unit, for instructions that multiply pairs.
 #pragma once
 
 #include "cpu/kernels/amx.h"
@@ -49,15 +49,17 @@ struct FloatOperands {
     store<T>(right + j * kPanelRows + lane, a);
     store<T>(right + (j + 1) * kPanelRows + lane, b);
   }
-  static void store_left(Operand* left, int64_t j, int64_t lane, Vec<T> a) { store<T>(left + j * kPanelRows + lane, a); }
+  static void store_left(Operand* left, int64_t j, int64_t lane, Vec<T> a) {
+    store<T>(left + j * kPanelRows + lane, a);
+  }
   static void pad_right(Operand*, int64_t) {}
   static void pad_left(Operand*, int64_t) {}
 
-  static void left_times_panel(int64_t keys, int64_t lanes, int64_t columns, const Operand* left, int64_t skip, const Operand* right,
-                               Sum* c) {
+  static void left_times_panel(int64_t keys, int64_t lanes, int64_t columns, const Operand* left, int64_t skip,
+                               const Operand* right, Sum* c) {
     const int64_t width = row_width(columns);
-    product<Dot, Order::kRowMajor>(keys, lanes, columns, left + skip * width, width, right, kPanelRows, c,
-                                   kPanelRows, {false, nullptr});
+    product<Dot, Order::kRowMajor>(keys, lanes, columns, left + skip * width, width, right, kPanelRows, c, kPanelRows,
+                                   {false, nullptr});
   }
   static void across_times_weights(int64_t columns, int64_t lanes, int64_t keys, const Operand* across, int64_t skip,
                                    const Operand* weights, Sum* c, Start<T> start) {
@@ -65,7 +67,8 @@ struct FloatOperands {
     product<Dot, Order::kColumnMajor>(columns, lanes, keys, across + skip * width, width, weights, kPanelRows, c,
                                       kPanelRows, start);
   }
-  static void add_weights_times_rows(int64_t keys, int64_t columns, const Operand* weights, const Operand* right, Sum* c) {
+  static void add_weights_times_rows(int64_t keys, int64_t columns, const Operand* weights, const Operand* right,
+                                     Sum* c) {
     const int64_t width = row_width(columns);
     product<Dot, Order::kRowMajor>(keys, width, kPanelRows, weights, kPanelRows, right, width, c, width,
                                    {true, nullptr});
@@ -145,7 +148,8 @@ struct BFloat16Operands {
     const int64_t width = row_width(columns);
     for (int64_t r = 0; r < kPanelRows; r += 2)
       for (int64_t c = 0; c < width; c += 16)
-        store_pairs(right + r * width + 2 * c, load<float>(rows + r * width + c), load<float>(rows + (r + 1) * width + c));
+        store_pairs(right + r * width + 2 * c, load<float>(rows + r * width + c),
+                    load<float>(rows + (r + 1) * width + c));
     return right;
   }
 
@@ -175,18 +179,19 @@ struct BFloat16Operands {
     std::memset(left + keys * kPanelRows, 0, (round_up(keys, kDepth) - keys) * kPanelRows * sizeof(Operand));
   }
 
-  static void left_times_panel(int64_t keys, int64_t lanes, int64_t columns, const Operand* left, int64_t skip, const Operand* right,
-                               Sum* c) {
+  static void left_times_panel(int64_t keys, int64_t lanes, int64_t columns, const Operand* left, int64_t skip,
+                               const Operand* right, Sum* c) {
     const int64_t width = width_of(columns);
-    pair_product(keys, lanes, width / 2, units(left + skip * width), width / 2, units(right), kPanelRows, c,
-                 kPanelRows, {false, nullptr});
+    pair_product(keys, lanes, width / 2, units(left + skip * width), width / 2, units(right), kPanelRows, c, kPanelRows,
+                 {false, nullptr});
   }
   static void across_times_weights(int64_t columns, int64_t lanes, int64_t keys, const Operand* across, int64_t skip,
                                    const Operand* weights, Sum* c, Start<Sum> start) {
-    pair_product(columns, lanes, round_up(keys, kDepth) / 2, units(across + skip), kAcrossWidth / 2,
-                 units(weights), kPanelRows, c, kPanelRows, start);
+    pair_product(columns, lanes, round_up(keys, kDepth) / 2, units(across + skip), kAcrossWidth / 2, units(weights),
+                 kPanelRows, c, kPanelRows, start);
   }
-  static void add_weights_times_rows(int64_t keys, int64_t columns, const Operand* weights, const Operand* right, Sum* c) {
+  static void add_weights_times_rows(int64_t keys, int64_t columns, const Operand* weights, const Operand* right,
+                                     Sum* c) {
     const int64_t width = row_width(columns);
     pair_product(keys, width, kPanelRows / 2, units(weights), kPanelRows / 2, units(right), width, c, width,
                  {true, nullptr});
@@ -195,7 +200,8 @@ struct BFloat16Operands {
  private:
   static void transpose_units(const Operand* src, int64_t stride, int64_t rows, int64_t columns, Operand* dst,
                               int64_t dst_stride) {
-    transpose<float>(reinterpret_cast<const float*>(src), stride, rows, columns, reinterpret_cast<float*>(dst), dst_stride);
+    transpose<float>(reinterpret_cast<const float*>(src), stride, rows, columns, reinterpret_cast<float*>(dst),
+                     dst_stride);
   }
   static void store_bfloat16(Operand* dst, Vec<float> x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst),

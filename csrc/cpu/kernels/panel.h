@@ -82,7 +82,8 @@ inline Panel make_panel(const AttentionParams& p, const Sequence& s, int64_t kv_
   return panel;
 }
 
-// For each lane: keys of [low, upper] are visible, or of [floor, upper] if they are sinks. Lanes without a row see everything.
+// For each lane: keys of [low, upper] are visible, or of [floor, upper] if they are sinks. Lanes without a row see
+// everything.
 template <class T>
 struct LaneLimits {
   alignas(64) Int<T> low[kPanelRows], floor[kPanelRows], upper[kPanelRows];
@@ -122,9 +123,11 @@ inline IntVec<T> sees(const LaneLimits<T>& limits, int64_t lane, Int<T> key, boo
   return (key >= low) & (key <= upper);
 }
 
-// Rows of `x` at a panel's places, row-major with padding zeroed: dst[kPanelRows][width], rotated by `angles` if any, times factor.
+// Rows of `x` at a panel's places, row-major with padding zeroed: dst[kPanelRows][width], rotated by `angles` if any,
+// times factor.
 template <class T>
-inline void load_panel(const Panel& panel, const Tensor4& x, int64_t columns, int64_t width, T factor, bool rotated, T* dst) {
+inline void load_panel(const Panel& panel, const Tensor4& x, int64_t columns, int64_t width, T factor, bool rotated,
+                       T* dst) {
   const AttentionParams& p = *panel.params;
   for (int64_t r = 0; r < panel.rows; ++r) {
     const Row row = locate(panel, r);
@@ -174,7 +177,8 @@ struct Arena {
   template <class T>
   T* take(int64_t count) {
     char* piece = base ? base + used : nullptr;
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64) + 64;  // 64 more: tiles of 2^n bytes would share cache sets
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64) +
+            64;  // 64 more: tiles of 2^n bytes would share cache sets
     return reinterpret_cast<T*>(piece);
   }
 };

@@ -1,4 +1,5 @@
-// The arithmetic peak of the instructions that the kernels' products use: independent accumulators in registers, nothing else.
+// The arithmetic peak of the instructions that the kernels' products use: independent accumulators in registers,
+// nothing else.
 #pragma once
 
 #include "cpu/kernels/amx.h"
@@ -40,17 +41,23 @@ inline double tile_burst(int64_t rounds) {
 }
 #endif
 
-// Runs `rounds` of multiplications and returns the number of operations; 0 if products of this type have no instruction of their own.
+// Runs `rounds` of multiplications and returns the number of operations; 0 if products of this type have no instruction
+// of their own.
 double burst(DType dtype, int64_t rounds) {
   switch (dtype) {
-    case DType::kFloat32: return dot_burst<FusedMultiplyAdd<float>>(rounds, 2);
-    case DType::kFloat64: return dot_burst<FusedMultiplyAdd<double>>(rounds, 2);
+    case DType::kFloat32:
+      return dot_burst<FusedMultiplyAdd<float>>(rounds, 2);
+    case DType::kFloat64:
+      return dot_burst<FusedMultiplyAdd<double>>(rounds, 2);
 #if defined(__AMX_BF16__)
-    case DType::kBFloat16: return tile_burst(rounds);
+    case DType::kBFloat16:
+      return tile_burst(rounds);
 #elif defined(__AVX512BF16__)
-    case DType::kBFloat16: return dot_burst<PairDotProduct>(rounds, 4);
+    case DType::kBFloat16:
+      return dot_burst<PairDotProduct>(rounds, 4);
 #endif
-    default: return 0.0;
+    default:
+      return 0.0;
   }
 }
 

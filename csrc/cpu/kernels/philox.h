@@ -10,8 +10,10 @@ struct PhiloxLanes {
   uint32_t word[4][kPanelRows];
 };
 
-// Philox4x32-10 (Salmon et al. 2011) with the counter (quad, query, head, batch) of each lane; its words belong to keys 4 quad..4 quad + 3.
-inline void philox(uint64_t seed, uint32_t quad, const uint32_t* query, const uint32_t* head, uint32_t batch, PhiloxLanes* out) {
+// Philox4x32-10 (Salmon et al. 2011) with the counter (quad, query, head, batch) of each lane; its words belong to keys
+// 4 quad..4 quad + 3.
+inline void philox(uint64_t seed, uint32_t quad, const uint32_t* query, const uint32_t* head, uint32_t batch,
+                   PhiloxLanes* out) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   uint32_t *c0 = out->word[0], *c1 = out->word[1], *c2 = out->word[2], *c3 = out->word[3];
   for (int lane = 0; lane < kPanelRows; ++lane) {

@@ -1,4 +1,5 @@
-// From products q . k to scores: scale, softcap, slopes and bias in this order, then -inf for what a query must not see.
+// From products q . k to scores: scale, softcap, slopes and bias in this order, then -inf for what a query must not
+// see.
 #pragma once
 
 #include "cpu/kernels/panel.h"
@@ -8,8 +9,8 @@ namespace {
 
 constexpr double kLog2e = 1.4426950408889634074;
 
-// How a call's products become exponents of 2: products are those of `query` times q; weights are exp2(exponent * score).
-// Plain calls leave the products as scores; others have `adjust` make scores in natural units.
+// How a call's products become exponents of 2: products are those of `query` times q; weights are exp2(exponent *
+// score). Plain calls leave the products as scores; others have `adjust` make scores in natural units.
 struct ScoreScale {
   double query;     // keeps the factor that follows positive, whatever the sign of scale
   double score;     // from products to scores before the softcap
@@ -30,8 +31,8 @@ inline Vec<T> tanh(Vec<T> x) {
   const Vec<T> magnitude = x < Vec<T>{} ? -x : x;
   const Vec<T> far = T(1) - T(2) / (exp2<T, kFullTerms<T>>(magnitude * T(2 * kLog2e)) + T(1));
   // Taylor, accurate to the last digit below the limit.
-  constexpr double kTaylor[] = {-1.0 / 3,         2.0 / 15,           -17.0 / 315,          62.0 / 2835,
-                                -1382.0 / 155925, 21844.0 / 6081075,  -929569.0 / 638512875, 6404582.0 / 10854718875.0};
+  constexpr double kTaylor[] = {-1.0 / 3,         2.0 / 15,          -17.0 / 315,           62.0 / 2835,
+                                -1382.0 / 155925, 21844.0 / 6081075, -929569.0 / 638512875, 6404582.0 / 10854718875.0};
   const Vec<T> square = x * x;
   Vec<T> series = splat<T>(T(kTaylor[7]));
 #pragma GCC unroll 8
@@ -44,9 +45,12 @@ inline Vec<T> tanh(Vec<T> x) {
 template <class T>
 inline T load_number(const char* data, DType dtype, int64_t index) {
   switch (dtype) {
-    case DType::kFloat64: return static_cast<T>(reinterpret_cast<const double*>(data)[index]);
-    case DType::kFloat32: return static_cast<T>(reinterpret_cast<const float*>(data)[index]);
-    case DType::kBool: return data[index] ? T(0) : T(-kInfinity);
+    case DType::kFloat64:
+      return static_cast<T>(reinterpret_cast<const double*>(data)[index]);
+    case DType::kFloat32:
+      return static_cast<T>(reinterpret_cast<const float*>(data)[index]);
+    case DType::kBool:
+      return data[index] ? T(0) : T(-kInfinity);
     default: {
       float x;
       load_row(data + 2 * index, dtype, 1, &x);
@@ -80,7 +84,8 @@ struct LaneSlopes {
     for (int64_t r = 0; r < kPanelRows; ++r) {
       slope[r] = place[r] = T(0);
       if (r >= panel.rows) continue;
-      slope[r] = reinterpret_cast<const T*>(p.alibi_slopes)[panel.sequence.index * p.slopes_batch + locate(panel, r).head];
+      slope[r] =
+          reinterpret_cast<const T*>(p.alibi_slopes)[panel.sequence.index * p.slopes_batch + locate(panel, r).head];
       place[r] = static_cast<T>(query_of(panel, r) + panel.sequence.shift - base);
     }
   }

@@ -1,6 +1,6 @@
-// Vectors of the widest registers that this translation unit may use, in the compilers' own vector extension: arithmetic, comparison and
-// selection need no intrinsics. Everything here and in the other kernel headers is in an unnamed namespace, as each is compiled once
-// per instruction set and no definition may be shared between them.
+// Vectors of the widest registers that this translation unit may use, in the compilers' own vector extension:
+// arithmetic, comparison and selection need no intrinsics. Everything here and in the other kernel headers is in an
+// unnamed namespace, as each is compiled once per instruction set and no definition may be shared between them.
 #pragma once
 
 #include <cstddef>
@@ -94,7 +94,7 @@ template <class T, int kTerms>
 struct Exp2;
 template <>
 struct Exp2<float, 7> {  // 1.9e-9
-  static constexpr float kCoefficients[] = {1.0f,           0.69314698384f,  0.240229836279f, 0.0554833419683f,
+  static constexpr float kCoefficients[] = {1.0f,           0.69314698384f, 0.240229836279f, 0.0554833419683f,
                                             0.00967884102f, 0.00124396877f, 0.000217022557f};
 };
 template <>

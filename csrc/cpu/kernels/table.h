@@ -64,8 +64,17 @@ void rope(const RopeParams& p, int64_t batch, int64_t head, int64_t first, int64
 
 namespace LONGATTN_TARGET {
 extern const Kernels table;
-const Kernels table = {forward_scratch, forward,         forward_merge, backward_delta, backward_scratch, backward,
-                       backward_finish, backward_bias,   burst,         rope_scratch,   rope};
+const Kernels table = {forward_scratch,
+                       forward,
+                       forward_merge,
+                       backward_delta,
+                       backward_scratch,
+                       backward,
+                       backward_finish,
+                       backward_bias,
+                       burst,
+                       rope_scratch,
+                       rope};
 }  // namespace LONGATTN_TARGET
 
 }  // namespace longattn

@@ -1,5 +1,5 @@
-// Which keys a query may see: the mirror of longattn/mask.py, cross-tested against it. Functions are static: this header is
-// compiled once per instruction set, and a shared inline definition would leak the widest one.
+// Which keys a query may see: the mirror of longattn/mask.py, cross-tested against it. Functions are static: this
+// header is compiled once per instruction set, and a shared inline definition would leak the widest one.
 #pragma once
 
 #include <cstdint>

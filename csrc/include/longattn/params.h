@@ -38,17 +38,17 @@ struct AttentionParams {
   // Query i of a sequence stands at position i + offset (+ keys - queries if from_end); see mask.h.
   int64_t left = -1, right = -1, sinks = 0, offset = 0;  // -1: unbounded
   bool from_end = true;
-  const int32_t* offsets = nullptr;      // [batch], in place of offset; may be nullptr
-  const bool* key_mask = nullptr;        // [batch, nk], may be nullptr
-  const int32_t* key_lens = nullptr;     // [batch], may be nullptr
-  const int32_t* lo = nullptr;           // [1 or batch, nq], may be nullptr
-  const int32_t* hi = nullptr;           // as lo
-  int64_t bounds_batch = 0;              // stride of lo and hi
+  const int32_t* offsets = nullptr;       // [batch], in place of offset; may be nullptr
+  const bool* key_mask = nullptr;         // [batch, nk], may be nullptr
+  const int32_t* key_lens = nullptr;      // [batch], may be nullptr
+  const int32_t* lo = nullptr;            // [1 or batch, nq], may be nullptr
+  const int32_t* hi = nullptr;            // as lo
+  int64_t bounds_batch = 0;               // stride of lo and hi
   const int32_t* cu_seqlens_q = nullptr;  // [batch + 1]: packed sequences; q, k, v, out have one batch row
   const int32_t* cu_seqlens_k = nullptr;  // [batch + 1]
 
   double scale = 1.0;
-  double softcap = 0.0;                // 0: none
+  double softcap = 0.0;  // 0: none
   Bias bias;
   const char* alibi_slopes = nullptr;  // [1 or batch, q_heads], accumulation type; may be nullptr
   int64_t slopes_batch = 0;            // stride of alibi_slopes
@@ -66,7 +66,7 @@ struct AttentionParams {
   char* delta = nullptr;        // workspace as lse
   Tensor4 dq_sum;               // accumulation type, zeroed; may be dq itself
   char* dslope_rows = nullptr;  // as lse, zeroed: each query's part of the gradient of its head's slope; may be nullptr
-  Bias dbias;                   // accumulation type, zeroed, of bias's shape: its stride is 0 where bias is broadcast; may be nullptr
+  Bias dbias;  // accumulation type, zeroed, of bias's shape: its stride is 0 where bias is broadcast; may be nullptr
 
   int64_t threads = 1;
 };
