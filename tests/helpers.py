@@ -19,14 +19,17 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SLOW = {"reference"}  # computes in float64 whatever the dtype, so one dtype tells it all
 
 
-def backend_params(dtypes: Sequence[torch.dtype] = DTYPES, native: bool = False) -> list[Any]:
+def backend_params(dtypes: Sequence[torch.dtype] = DTYPES, native: bool = False, slow: bool = True) -> list[Any]:
     """Values for parametrize("backend, dtype", ...): every backend, skipped with its reason where it cannot run.
 
     Args:
         native: the test is small enough for a sanitizer.
+        slow: take the slow backends in.
     """
     params = []
     for backend in registry.BACKENDS:
+        if backend.name in _SLOW and not slow:
+            continue
         marks = [pytest.mark.native] if native and backend.name == "cpu" else []
         missing = backend.unavailable()
         if missing is not None:
@@ -95,6 +98,17 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For the oracle's many small steps: on a busy machine, waiting for a second thread takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def run(
     function: Callable[..., Any],
     arguments: Sequence[Any],
@@ -140,10 +154,11 @@ def check_attention(
         dout = torch.randn(*q.shape[:3], v.shape[3]).to(q.dtype)
         dlse = torch.randn(q.shape[:3]).to(torch.promote_types(q.dtype, torch.float32))
     got = run(longattn.attention, (q, k, v), dout, dlse, backend=backend, **keywords)
-    exact = oracle.results(q, k, v, dout, dlse, **keywords)
-    eager = None if q.dtype == torch.float64 else oracle.results(q, k, v, dout, dlse, dtype=q.dtype, **keywords)
-    terms = oracle.rounding_terms(q, k, v, dout, dlse, dtype=q.dtype, **keywords)
-    _compare(got, exact, eager, terms, q)
+    with one_thread():
+        exact = oracle.results(q, k, v, dout, dlse, **keywords)
+        eager = None if q.dtype == torch.float64 else oracle.results(q, k, v, dout, dlse, dtype=q.dtype, **keywords)
+        terms = oracle.rounding_terms(q, k, v, dout, dlse, dtype=q.dtype, **keywords)
+        _compare(got, exact, eager, terms, q)
     return got
 
 
@@ -163,12 +178,13 @@ def check_varlen(
         dlse = torch.randn(q.shape[1], q.shape[0]).to(torch.promote_types(q.dtype, torch.float32))
     got = run(longattn.attention_varlen, arguments, dout, dlse, backend=backend, **keywords)
     call = (q, k, v, cu_q, cu_k, dout, dlse)
-    exact = oracle.by_sequence(oracle.results, *call, max_seqlen_k=max_k, **keywords)
-    eager = None
-    if q.dtype != torch.float64:
-        eager = oracle.by_sequence(oracle.results, *call, max_seqlen_k=max_k, dtype=q.dtype, **keywords)
-    terms = oracle.by_sequence(oracle.rounding_terms, *call, max_seqlen_k=max_k, dtype=q.dtype, **keywords)
-    _compare(got, exact, eager, terms, q)
+    with one_thread():
+        exact = oracle.by_sequence(oracle.results, *call, max_seqlen_k=max_k, **keywords)
+        eager = None
+        if q.dtype != torch.float64:
+            eager = oracle.by_sequence(oracle.results, *call, max_seqlen_k=max_k, dtype=q.dtype, **keywords)
+        terms = oracle.by_sequence(oracle.rounding_terms, *call, max_seqlen_k=max_k, dtype=q.dtype, **keywords)
+        _compare(got, exact, eager, terms, q)
     return got
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tolerances import accumulation_unit, rounding_unit
+from tolerances import accumulation_unit, exponential_unit, rounding_unit
 
 Results = dict[str, Tensor]  # "out", "lse", and the gradients by the name of their argument
 
@@ -246,19 +246,19 @@ def rounding_terms(
 ) -> Results:
     """The floor of every result's budget: rounding units times the terms of its sums before they cancel.
 
-    With e the unit of `dtype`, a that of its accumulator, S = |scale| |Q| |K|^T + slopes * distance + |bias| the terms
-    of the scores, P the weights and |x| entry by entry, a weight or a score's gradient is off by the factor
-    E_ij = e + a (1 + S_ij + sum_j P_ij S_ij): its own rounding, its score's, and its row's normalisation. Then, with
-    R = P * (|dO| |V|^T + rowsum(|dO| * P |V|) + |dlse|) the terms of the scores' gradient:
+    With e the unit of `dtype`, a that of its accumulator, x that of exponentials, S = |scale| |Q| |K|^T + slopes *
+    distance + |bias| the terms of the scores, P the weights and |X| entry by entry, a weight or a score's gradient is
+    off by the factor E_ij = e + a (1 + S_ij + sum_j P_ij S_ij): its own rounding, its score's, and its row's sum's.
+    Then, with R = P * (|dO| |V|^T + rowsum(|dO| * P |V|) + |dlse|) the terms of the scores' gradient:
 
-        out: (P * E) |V|           lse: a (1 + |lse| + sum_j P_ij S_ij)   dv: (P * E)^T |dO|
+        out: (P * E) |V|           lse: x + a (|lse| + sum_j P_ij S_ij)   dv: (P * E)^T |dO|
         dq: |scale| (R * E) |K|    dk: |scale| (R * E)^T |Q|              dbias: R * E    dslopes: sum R * E * distance
 
     A learned sink is one more key in these sums, with sink_logits its S and no value. Parameters have their own units.
     """
     exact = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in keywords.items()}
     call = _forward(q.detach().double(), k.detach().double(), v.detach().double(), **exact)
-    e, a = rounding_unit(dtype), accumulation_unit(dtype)
+    e, a, x = rounding_unit(dtype), accumulation_unit(dtype), exponential_unit(dtype)
     scale = 1 / math.sqrt(q.shape[-1]) if exact.get("scale") is None else abs(exact["scale"])
     size_q, size_k, size_v = call.q.abs(), call.k.abs(), call.v.abs()
     if call.rotation is not None:
@@ -274,7 +274,7 @@ def rounding_terms(
     kept = call.weights * call.keep
     row = (call.weights * scores).sum(-1)
     accumulated = a * (1 + scores + row[..., None])
-    terms = {"out": (kept * (e + accumulated)) @ size_v, "lse": a * (1 + call.lse.abs() + row)}
+    terms = {"out": (kept * (e + accumulated)) @ size_v, "lse": x + a * (call.lse.abs() + row)}
     if dout is None:
         return terms
 

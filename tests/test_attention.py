@@ -65,12 +65,19 @@ MASKS: dict[str, dict[str, Any]] = {"full": {}, "causal": {"causal": True}, "loc
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("lengths", FLASH_SHAPES, ids=str)
-@pytest.mark.parametrize("backend, dtype", backend_params(HALF_AND_FULL))
+@pytest.mark.parametrize("backend, dtype", backend_params(HALF_AND_FULL, slow=False))
 def test_flash_attention_shapes(
     backend: str, dtype: torch.dtype, lengths: tuple[int, int], heads: str, mask: str
 ) -> None:
     q, k, v = random_qkv(1, HEADS[heads], lengths, 64, dtype)
     check_attention(q, k, v, backend=backend, **MASKS[mask])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("lengths", FLASH_SHAPES, ids=str)
+def test_flash_attention_shapes_on_the_reference(lengths: tuple[int, int], mask: str) -> None:
+    q, k, v = random_qkv(1, (2, 1), lengths, 64)
+    check_attention(q, k, v, backend="reference", **MASKS[mask])
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_bad_sequences_are_refused_in_a_graph() -> None:
 @pytest.mark.parametrize("rope", [None, Rope(8)], ids=["plain", "rope"])
 @pytest.mark.parametrize("backend", backend_names())
 def test_dynamic_shapes(backend: str, rope: Rope | None) -> None:
-    """One graph for every batch and length; no two sizes of the first call are equal, or they would be taken for one."""
+    """One graph for every batch and length. Sizes that are equal in the first call would be taken for one."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return longattn.attention(q, k, v, causal=True, window=9, rope=rope, return_lse=True, backend=backend)

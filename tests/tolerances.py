@@ -27,6 +27,11 @@ def accumulation_unit(dtype: torch.dtype) -> float:
     return rounding_unit(torch.promote_types(dtype, torch.float32))
 
 
+def exponential_unit(dtype: torch.dtype) -> float:
+    """How exact the exponentials are that lse sums up. Those of narrow dtypes become weights of 8 or 11 bits."""
+    return 2.0**-16 if dtype in (torch.bfloat16, torch.float16) else rounding_unit(dtype)
+
+
 def assert_within_budget(
     got: Tensor, exact: Tensor, eager: Tensor | None = None, terms: Tensor | float = 0.0, name: str = "result"
 ) -> None:

@@ -1,0 +1,462 @@
+"""The CPU backend's own: instruction sets, threads, processes, addresses, and the checks at the native boundary."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import longattn
+from helpers import check_attention, random_packed, random_qkv, run
+from longattn import InvalidInput, Rope, arguments
+from longattn.backends import cpu
+from longattn.problem import Problem, Tensors
+
+MISSING = cpu.CpuBackend().unavailable()
+pytestmark = [pytest.mark.native, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+
+HERE = Path(__file__).resolve().parent
+PACKAGE = Path(longattn.__file__).resolve().parent.parent
+
+
+def in_a_process(*command: str, **variables: str) -> str:
+    """The output of Python on `command`, importing the same package; fails with what it printed."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGE), str(HERE.parent)])} | variables
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("isa", [] if MISSING else cpu.native().isas())
+def test_every_instruction_set(isa: str) -> None:
+    in_a_process(str(HERE / "compact.py"), isa, LONGATTN_CPU_ISA=isa)
+
+
+def test_the_widest_instruction_set_is_taken() -> None:
+    assert cpu.native().isa() == os.environ.get("LONGATTN_CPU_ISA", cpu.native().isas()[0])
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    script = """
+    import torch, longattn
+    q = torch.zeros(1, 1, 2, 8)
+    try:
+        longattn.attention(q, q, q, backend="cpu")
+    except longattn.InvalidInput as error:
+        print(error)
+    """
+    assert "LONGATTN_CPU_ISA: expected one of" in in_a_process("-c", textwrap.dedent(script), LONGATTN_CPU_ISA="mmx")
+
+
+SUPPORTED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window": (3, 4), "sinks": 2, "align": 3},
+    "offsets": {"align": torch.tensor([1, 2])},
+    "key_mask": {"key_mask": torch.ones(2, 7).bool()},
+    "key_lens": {"key_lens": torch.tensor([3, 7])},
+    "bounds": {"bounds": (torch.zeros(5).int(), torch.ones(5).int())},
+    "rope": {"rope": Rope(8), "positions": torch.arange(7)},
+}
+
+
+@pytest.mark.parametrize("case", SUPPORTED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_what_it_must_run(dtype: torch.dtype, case: str) -> None:
+    """Other tests skip what a backend says it cannot run; not these."""
+    for heads in ((4, 4), (4, 2), (4, 1)):
+        q, k, v = (x.requires_grad_() for x in random_qkv(2, heads, (5, 7), (8, 6), dtype))
+        assert longattn.explain(q, k, v, **SUPPORTED[case]).reasons["cpu"] == []
+        assert longattn.explain(q, k, v, **SUPPORTED[case]).backend == "cpu"
+    wide = random_qkv(2, (1, 1), (5, 7), 512, dtype)
+    assert longattn.explain(*wide, **SUPPORTED[case]).reasons["cpu"] == []
+
+
+Call = Callable[[], dict[str, Tensor]]
+
+
+def several_tiles(dtype: torch.dtype, **keywords: Any) -> Call:
+    """A call, forward and backward, of more tiles than threads."""
+    tensors = random_qkv(2, (4, 2), (300, 330), 32, dtype)
+    dout, dlse = (
+        torch.randn(2, 4, 300, 32).to(dtype),
+        torch.randn(2, 4, 300).to(torch.promote_types(dtype, torch.float32)),
+    )
+    return lambda: run(longattn.attention, tensors, dout, dlse, backend="cpu", **keywords)
+
+
+def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, x in expected.items():
+        assert torch.equal(got[name], x), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keywords", [{"causal": True}, {"window": (40, 9)}], ids=["causal", "window"])
+def test_the_same_bits_for_any_number_of_threads(
+    set_threads: Callable[[int], None], dtype: torch.dtype, keywords: dict[str, Any]
+) -> None:
+    call = several_tiles(dtype, rope=Rope(32), **keywords)
+    set_threads(1)
+    expected = call()
+    for threads in (1, 2, 3, 16, 2):
+        set_threads(threads)
+        assert_same_bits(call(), expected)
+
+
+def test_the_same_bits_packed(set_threads: Callable[[int], None]) -> None:
+    packed = random_packed((3, 200, 0, 90), (70, 200, 4, 90), dtype=torch.bfloat16)
+    dout = torch.randn_like(packed[0])
+    found = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        found.append(run(longattn.attention_varlen, packed, dout, backend="cpu", causal=True))
+    assert_same_bits(found[1], found[0])
+    assert_same_bits(found[2], found[0])
+
+
+def test_the_same_bits_from_run_to_run(set_threads: Callable[[int], None]) -> None:
+    set_threads(2)
+    call = several_tiles(torch.float32, causal=True)
+    expected = call()
+    for _ in range(25):
+        assert_same_bits(call(), expected)
+
+
+def test_a_batch_is_its_sequences_bit_by_bit() -> None:
+    """What else is computed beside it never changes a sequence."""
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = random_qkv(3, (4, 2), (90, 130), 32, dtype)
+        whole = longattn.attention(q, k, v, causal=True, backend="cpu")
+        for b in range(3):
+            one = longattn.attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], causal=True, backend="cpu")
+            assert torch.equal(one[0], whole[b])
+
+
+def test_calls_from_several_python_threads() -> None:
+    calls = [
+        several_tiles(dtype, causal=True) for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+    ]
+    expected = [call() for call in calls]
+    failures: list[str] = []
+    start = threading.Barrier(len(calls))
+
+    def work(index: int) -> None:
+        try:
+            start.wait()
+            for _ in range(5):
+                assert_same_bits(calls[index](), expected[index])
+        except Exception as error:
+            failures.append(repr(error))
+
+    # Memory is poisoned through a switch of the whole process, which must not be flipped by four threads.
+    torch.use_deterministic_algorithms(True)
+    try:
+        workers = [threading.Thread(target=work, args=(index,)) for index in range(len(calls))]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert failures == []
+
+
+FORKS = """
+import os, sys, torch
+import longattn
+
+torch.manual_seed(0)
+torch.set_num_threads(2)
+q, k, v = (torch.randn(2, 4, 96, 16, requires_grad=True) for _ in range(3))
+
+def call():
+    out = longattn.attention(q, k, v, causal=True, backend="cpu")
+    return (out, *torch.autograd.grad(out.sum(), (q, k, v)))
+
+def same(expected):
+    return all(torch.equal(x, y) for x, y in zip(call(), expected))
+
+def forked(work):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if work() else 3)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+if sys.argv[1] == "used":  # threads run when the process forks
+    expected = call()
+    assert forked(lambda: same(expected) and same(expected) and forked(lambda: same(expected)))
+    assert same(expected)
+else:
+    assert forked(lambda: same(call()))
+    call()
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("pool", ["used", "unused"])
+def test_forked_processes_compute(pool: str) -> None:
+    assert in_a_process("-c", FORKS, pool) == "done\n"
+
+
+def test_multiprocessing_workers_compute() -> None:
+    script = """
+    import multiprocessing, torch, longattn
+    q = torch.randn(2, 4, 64, 16)
+
+    def call(index):
+        return longattn.attention(q, q, q, causal=True, backend="cpu").sum().item()
+
+    expected = call(0)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(call, range(6)) == [expected] * 6
+    print("done")
+    """
+    assert in_a_process("-c", textwrap.dedent(script)) == "done\n"
+
+
+def test_blocks_outside_the_band_are_never_read() -> None:
+    """NaN may reach whoever shares a tile with it; far from the band it reaches nobody."""
+    q, k, v = random_qkv(1, (2, 2), (4, 4000), 16)
+    expected = longattn.attention(q, k, v, causal=True, window=8, sinks=2, backend="cpu")
+    k[:, :, 1000:3000], v[:, :, 1000:3000] = torch.nan, torch.nan
+    out = longattn.attention(q, k, v, causal=True, window=8, sinks=2, backend="cpu")
+    assert torch.equal(out, expected)
+
+    q, k, v = random_qkv(1, (2, 2), (3000, 3000), 16)
+    dout = torch.randn_like(q)
+    dout[:, :, 2000:] = 0
+    clean = run(longattn.attention, (q, k, v), dout, backend="cpu", causal=True)
+    q[:, :, 2500:], k[:, :, 2500:], v[:, :, 2500:] = torch.nan, torch.nan, torch.nan
+    got = run(longattn.attention, (q, k, v), dout, backend="cpu", causal=True)
+    for name in ("out", "lse", "q"):
+        assert torch.equal(got[name][:, :, :1500], clean[name][:, :, :1500]), name
+
+
+def test_addresses_beyond_32_bits(tmp_path: Path) -> None:
+    """Strides of more than 2^31 elements, in a file with holes."""
+    far = 2**31 + 8
+    storage = torch.from_file(str(tmp_path / "holes"), shared=True, size=far + 4096, dtype=torch.bfloat16)
+    q, k, v = (storage[at:].as_strided((1, 2, 20, 16), (0, far, 16, 1)) for at in (0, 1024, 2048))
+    for x in (q, k, v):
+        x.copy_(torch.randn(1, 2, 20, 16))
+    check_attention(q, k, v, backend="cpu", causal=True)
+    check_attention(*(x.transpose(0, 1) for x in (q, k, v)), backend="cpu", causal=True)
+
+
+# ---- The native boundary. ----
+
+
+@pytest.fixture
+def call() -> tuple[Any, list[Tensor]]:
+    """Right parameters of a dense call, to be made wrong; and what they point to."""
+    q, k, v = random_qkv(2, (4, 2), (5, 7), (8, 6))
+    tensors = Tensors(
+        q,
+        k,
+        v,
+        key_mask=torch.ones(2, 7).bool(),
+        lo=torch.zeros(5).int(),
+        hi=torch.full((5,), 7).int(),
+        inv_freq=torch.ones(4),
+    )
+    return parameters(tensors)
+
+
+@pytest.fixture
+def packed_call() -> tuple[Any, list[Tensor]]:
+    q, k, v, cu_q, cu_k, max_q, max_k = random_packed((3, 4), (5, 6), (4, 2), (8, 6))
+    defaults = {
+        name: value
+        for name, value in (longattn.attention_varlen.__kwdefaults__ or {}).items()
+        if name not in ("return_lse", "backend")
+    }
+    tensors, problem = arguments.packed(q, k, v, cu_q, cu_k, max_q, max_k, **defaults)
+    return parameters(tensors, problem)
+
+
+def parameters(tensors: Tensors, problem: Problem | None = None) -> tuple[Any, list[Tensor]]:
+    q, k, v = tensors[:3]
+    if problem is None:
+        problem = Problem(
+            batch=q.shape[0],
+            q_heads=q.shape[1],
+            kv_heads=k.shape[1],
+            nq=q.shape[2],
+            nk=k.shape[2],
+            head_dim=q.shape[3],
+            v_head_dim=v.shape[3],
+            dtype=q.dtype,
+            device="cpu",
+            mask=longattn.Mask(),
+            scale=1.0,
+        )
+    out, lse = q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3])
+    params, keep = cpu._params(problem, tensors, out, lse)
+    grads = [torch.zeros_like(x) for x in (q, k, v)]
+    delta, dq_sum, dout = torch.zeros_like(lse), torch.zeros_like(q), torch.zeros_like(out)
+    params.dq, params.dk, params.dv = (cpu._view(x) for x in grads)
+    params.dout, params.dq_sum, params.delta = cpu._view(dout), cpu._view(dq_sum), delta.data_ptr()
+    return params, [*(x for x in tensors if x is not None), *keep, out, lse, *grads, delta, dq_sum, dout]
+
+
+HUGE = 2**62
+BAD: list[tuple[str, Any]] = [
+    *((name, value) for name in ("batch", "q_heads", "kv_heads", "nq", "nk") for value in (-1, -(2**63), HUGE)),
+    *((name, value) for name in ("head_dim", "v_head_dim") for value in (-1, 0, 513, HUGE)),
+    ("kv_heads", 0),
+    ("kv_heads", 3),
+    ("dtype", -1),
+    ("dtype", 4),
+    ("dtype", 99),
+    ("threads", 0),
+    ("threads", -1),
+    ("threads", 10**6),
+    *((name, value) for name in ("left", "right") for value in (-2, HUGE)),
+    ("sinks", -1),
+    ("sinks", HUGE),
+    ("offset", HUGE),
+    ("offset", -HUGE),
+    *((name, (0, 1, 1, 1)) for name in ("q", "k", "v", "out")),
+    *((name, (4096, HUGE, HUGE, HUGE)) for name in ("q", "k", "v", "out")),
+    *((name, (4096, -8, 8, 8)) for name in ("q", "k", "v", "out")),
+    *((name, (4096, 8, 8, -1)) for name in ("q", "k", "v", "out")),
+    ("lse", 0),
+    ("lo", 0),
+    ("hi", 0),
+    ("bounds_batch", -5),
+    ("rotated", -2),
+    ("rotated", 3),
+    ("rotated", 10),
+    *((name, value) for name in ("q_angles", "k_angles") for value in ((0, 4096, 0), (4096, 0, 0), (4096, 4096, -1))),
+]
+BAD_BACKWARD: list[tuple[str, Any]] = [
+    ("dout", (0, 1, 1, 1)),
+    ("dout", (4096, -1, 1, 1)),
+    ("dq", (4096, HUGE, HUGE, HUGE)),
+    ("dq_sum", (0, 1, 1, 1)),
+    ("dk", (4096, 1, -1, 1)),
+    ("dv", (4096, 1, 1, -1)),
+    ("delta", 0),
+]
+
+
+def test_right_parameters_pass(call: tuple[Any, list[Tensor]], packed_call: tuple[Any, list[Tensor]]) -> None:
+    for params, _ in (call, packed_call):
+        cpu.native().attention_forward(params)
+        cpu.native().attention_backward(params)
+
+
+@pytest.mark.parametrize("name, value", BAD, ids=str)
+def test_bad_parameters(call: tuple[Any, list[Tensor]], name: str, value: Any) -> None:
+    params, _ = call
+    setattr(params, name, value)
+    for function in (cpu.native().attention_forward, cpu.native().attention_backward):
+        with pytest.raises(InvalidInput):
+            function(params)
+
+
+@pytest.mark.parametrize("name, value", BAD_BACKWARD, ids=str)
+def test_bad_parameters_of_the_backward(call: tuple[Any, list[Tensor]], name: str, value: Any) -> None:
+    params, _ = call
+    setattr(params, name, value)
+    with pytest.raises(InvalidInput):
+        cpu.native().attention_backward(params)
+
+
+@pytest.mark.parametrize(
+    "entries", [(0, 5, 3), (-1, 3, 7), (0, 3, 8), (0, 3, 2**31 - 1), (-(2**31), 0, 7), (3, 2, 1)], ids=str
+)
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_bad_cu_seqlens(packed_call: tuple[Any, list[Tensor]], side: str, entries: tuple[int, ...]) -> None:
+    params, _ = packed_call
+    cu_seqlens = torch.tensor(entries, dtype=torch.int32) * (2 if side == "k" and entries == (0, 3, 8) else 1)
+    setattr(params, f"cu_seqlens_{side}", cu_seqlens.data_ptr())
+    for function in (cpu.native().attention_forward, cpu.native().attention_backward):
+        with pytest.raises(InvalidInput) as raised:
+            function(params)
+        assert raised.value.argument == f"cu_seqlens_{side}"
+
+
+def test_half_packed(packed_call: tuple[Any, list[Tensor]]) -> None:
+    params, _ = packed_call
+    params.cu_seqlens_k = 0
+    with pytest.raises(InvalidInput):
+        cpu.native().attention_forward(params)
+
+
+def test_untouched_parameters() -> None:
+    for params, function in (
+        (cpu.native().AttentionParams(), cpu.native().attention_forward),
+        (cpu.native().AttentionParams(), cpu.native().attention_backward),
+        (cpu.native().RopeParams(), cpu.native().rope),
+    ):
+        with pytest.raises(InvalidInput):
+            function(params)
+
+
+@pytest.mark.parametrize("name", ["batch", "threads", "dtype", "q", "lse", "q_angles"])
+@pytest.mark.parametrize("value", ["x", None, (1, 2), 2**70, [], object()], ids=lambda x: type(x).__name__)
+def test_wrong_types(name: str, value: Any) -> None:
+    with pytest.raises(TypeError):
+        setattr(cpu.native().AttentionParams(), name, value)
+
+
+ROPE_BAD: list[tuple[str, Any]] = [
+    *((name, value) for name in ("batch", "heads", "tokens", "width") for value in (-1, HUGE)),
+    ("width", 0),
+    ("dtype", 7),
+    ("threads", 0),
+    ("rotated", 3),
+    ("rotated", 10),
+    ("rotated", -2),
+    ("x", (0, 1, 1, 1)),
+    ("x", (4096, -1, 1, 1)),
+    ("out", (0, 1, 1, 1)),
+    ("out", (4096, HUGE, HUGE, HUGE)),
+    ("angles", (0, 0, 0)),
+    ("angles", (4096, 4096, -1)),
+]
+
+
+@pytest.mark.parametrize("name, value", ROPE_BAD, ids=str)
+def test_bad_rope_parameters(name: str, value: Any) -> None:
+    x, table = torch.zeros(2, 3, 5, 8), torch.zeros(1, 5, 4)
+    out = torch.zeros_like(x)
+    params = cpu.native().RopeParams()
+    params.batch, params.heads, params.tokens, params.width = x.shape
+    params.rotated = 8
+    params.x, params.out = cpu._view(x), cpu._view(out)
+    params.angles = table.data_ptr(), table.data_ptr(), 0
+    cpu.native().rope(params)
+    setattr(params, name, value)
+    with pytest.raises(InvalidInput):
+        cpu.native().rope(params)
+
+
+LINEAR = """
+import resource, torch, longattn
+n = 16384
+q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
+small = tuple(x[:, :, :128] for x in (q, k, v))
+longattn.attention(*small, backend="cpu").sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+longattn.attention(q, k, v, causal=True, backend="cpu").sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory in Linux's units")
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer keeps memory of its own")
+def test_memory_is_linear() -> None:
+    """16384 queries and keys: a row block of float32 scores fits, the matrix takes 1.1 GB."""
+    assert int(in_a_process("-c", LINEAR)) < 100 * 1024  # KiB
