@@ -123,10 +123,8 @@ def eager(case: AttentionCase) -> Attend:
 
 
 def flex(case: AttentionCase) -> Attend:
-    """FlexAttention under torch.compile, with a block mask unless every query sees every key."""
+    """FlexAttention under torch.compile, with a block mask: it is quicker with one even where that hides nothing."""
     attend = _compiled_flex(case)
-    if case.hides_nothing:
-        return attend, ()
     mask = case.mask
     shift = mask.position(0, case.nq, case.nk)
     left, right = mask.left, mask.right

@@ -402,7 +402,7 @@ CPU = Sizes(
     cached=(2048, 8192, 32768),
     rotated=(2048, 8192, 32768),
     block=512,
-    block_lengths=(1024, 2048, 4096),
+    block_lengths=(1024, 4096),
 )
 CUDA = Sizes(
     widths=(64, 128),
