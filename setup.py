@@ -59,6 +59,9 @@ COMMON = (
     *("-Wall", "-Wextra"),
 )
 
+# Kernels throw nothing: the tables of the exceptions' runtime would be symbols shared between instruction sets.
+KERNELS = ("-fno-exceptions",)
+
 
 class NativeBuildError(Exception):
     """Why the kernels cannot be built, in one line."""
@@ -215,7 +218,10 @@ class BuildNative(build_ext):
         sources = [
             (CSRC / "bindings.cpp", [*include, *python]),
             *((source, [*include, *have]) for source in sorted((CSRC / "cpu").glob("*.cpp"))),
-            *((CSRC / "cpu" / "targets" / f"{name}.cpp", [*include, *flags]) for name, flags in targets.items()),
+            *(
+                (CSRC / "cpu" / "targets" / f"{name}.cpp", [*include, *KERNELS, *flags])
+                for name, flags in targets.items()
+            ),
         ]
         build = Path(self.build_temp)
         steps = []
