@@ -2,26 +2,22 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 namespace longattn {
 
+// Fresh memory would cost a page fault per 4 KiB in every call, so each calling thread keeps what its last calls used.
 class Scratch {
  public:
-  Scratch(int64_t threads, int64_t bytes) : bytes_((bytes + 4095) / 4096 * 4096) {
-    memory_.reset(static_cast<char*>(std::aligned_alloc(4096, static_cast<size_t>(bytes_ * threads + 4096))));
-    if (!memory_) throw std::bad_alloc();
-  }
-  char* of(int64_t thread) const { return memory_.get() + thread * bytes_; }
+  Scratch(int64_t pieces, int64_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  char* of(int64_t piece) const { return memory_ + piece * piece_bytes_; }
 
  private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  int64_t bytes_;
-  std::unique_ptr<char, Free> memory_;
+  int64_t piece_bytes_, bytes_;
+  char* memory_;
 };
 
 }  // namespace longattn
