@@ -1,7 +1,7 @@
 // Register-tiled products of small tiles: C[m][n] = start + sum_k A(m, k) B[k][n]. One unit of a row of A is broadcast
-// against vectors of B; 6 rows by kRegisterColumns vectors of C stay in registers. A unit is a number, or a pair of
-// bfloat16 numbers for the instructions that multiply pairs and add both products: then k counts pairs, and B[k][n]
-// holds a pair too.
+// against vectors of B; kRegisterRows rows by kRegisterColumns vectors of C stay in registers. A unit is a number, or a
+// pair of bfloat16 numbers for the instructions that multiply pairs and add both products: then k counts pairs, and
+// B[k][n] holds a pair too.
 #pragma once
 
 #include "cpu/kernels/simd.h"
@@ -36,7 +36,11 @@ struct PairDotProduct {
 
 enum class Order { kRowMajor, kColumnMajor };  // of A: A(m, k) = a[m * lda + k], or a[k * lda + m]
 
+#if defined(__aarch64__)
+constexpr int kRegisterRows = 5;  // GCC loads the units of all rows before it multiplies: with 6, sums are spilled
+#else
 constexpr int kRegisterRows = 6;
+#endif
 
 // What C holds before the sum: nothing, itself, or itself times a factor per column.
 template <class T>
