@@ -37,7 +37,20 @@ inline uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
-#if !defined(__F16C__)
+#if defined(__aarch64__)
+inline float from_float16(uint16_t x) {
+  __fp16 number;
+  __builtin_memcpy(&number, &x, sizeof(number));
+  return number;
+}
+
+inline uint16_t to_float16(float x) {
+  const __fp16 number = static_cast<__fp16>(x);
+  uint16_t bits;
+  __builtin_memcpy(&bits, &number, sizeof(bits));
+  return bits;
+}
+#elif !defined(__F16C__)
 inline float from_float16(uint16_t x) {
   const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16;
   const uint32_t rest = x & 0x7fffu;
