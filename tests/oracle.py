@@ -234,6 +234,32 @@ def results(
     return found
 
 
+class _Terms(NamedTuple):
+    """What rounding may add to each entry: errors that may all have one sign, and the squares of independent ones."""
+
+    adds: Tensor
+    squares: Tensor
+
+    def __mul__(self, size: Tensor | float) -> _Terms:
+        return _Terms(self.adds * size, self.squares * size**2)
+
+    def __matmul__(self, size: Tensor) -> _Terms:
+        return _Terms(self.adds @ size, self.squares @ size**2)
+
+    @property
+    def mT(self) -> _Terms:
+        return _Terms(self.adds.mT, self.squares.mT)
+
+    def per_kv_head(self, kv_heads: int) -> _Terms:
+        return _Terms(*(x.unflatten(1, (kv_heads, -1)).sum(2) for x in self))
+
+    def sum_to(self, shape: torch.Size) -> _Terms:
+        return _Terms(*(x.sum_to_size(shape) for x in self))
+
+    def total(self) -> Tensor:
+        return self.adds + self.squares.sqrt()
+
+
 def rounding_terms(
     q: Tensor,
     k: Tensor,
@@ -247,63 +273,82 @@ def rounding_terms(
     """The floor of every result's budget: rounding units times the terms of its sums before they cancel.
 
     With e the unit of `dtype`, a that of its accumulator, x that of exponentials, S = |scale| |Q| |K|^T + slopes *
-    distance + |bias| the terms of the scores, P the weights and |X| entry by entry, a weight or a score's gradient is
-    off by the factor E_ij = e + a (1 + S_ij + sum_j P_ij S_ij): its own rounding, its score's, and its row's sum's.
-    Then, with R = P * (|dO| |V|^T + rowsum(|dO| * P |V|) + |dlse|) the terms of the scores' gradient:
+    distance + |bias| the terms of the scores, P the weights, |X| entry by entry and dS the gradient of the scores:
 
-        out: (P * E) |V|           lse: x + a (|lse| + sum_j P_ij S_ij)   dv: (P * E)^T |dO|
-        dq: |scale| (R * E) |K|    dk: |scale| (R * E)^T |Q|              dbias: R * E    dslopes: sum R * E * distance
+        weights:  e P, independent;   a P (1 + S + rowsum(P * S)), from the scores and the row's sum
+        dS:       e |dS|, independent;   a R (1 + S + rowsum(P * S)), and e P sqrt(rowsum((dO * O)^2)) from a rounded O,
+                  where R = P * (|dO| |V|^T + rowsum(|dO| * P |V|) + |dlse|)
 
-    A learned sink is one more key in these sums, with sink_logits its S and no value. Parameters have their own units.
+    These go through the sums of the results, where independent errors add up as squares, and each result is rounded
+    once more. With rope, q and k may be rounded after it: e |scale| sqrt(Q^2 (K^2)^T) in each score. A learned sink is
+    one more key, with sink_logits its S and no value. Parameters are rounded to their own dtypes.
     """
     exact = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in keywords.items()}
     call = _forward(q.detach().double(), k.detach().double(), v.detach().double(), **exact)
     e, a, x = rounding_unit(dtype), accumulation_unit(dtype), exponential_unit(dtype)
     scale = 1 / math.sqrt(q.shape[-1]) if exact.get("scale") is None else abs(exact["scale"])
+    kv_heads = k.shape[1]
     size_q, size_k, size_v = call.q.abs(), call.k.abs(), call.v.abs()
+    rotated = torch.zeros((), dtype=torch.float64)
     if call.rotation is not None:
-        group = q.shape[1] // k.shape[1]
         size_q = call.rotation.spread(q.double().abs(), call.rotation.q)
-        size_k = call.rotation.spread(k.double().abs(), call.rotation.k).repeat_interleave(group, 1)
+        size_k = call.rotation.spread(k.double().abs(), call.rotation.k).repeat_interleave(q.shape[1] // kv_heads, 1)
+        rotated = scale * (call.q**2 @ call.k.mT**2).sqrt()
     scores = scale * size_q @ size_k.mT
     if exact.get("alibi_slopes") is not None:
         scores = scores + exact["alibi_slopes"].abs()[..., None, None] * call.distance
     bias = exact.get("bias")
     if bias is not None and bias.dtype != torch.bool:
         scores = scores + bias.masked_fill(bias == -math.inf, 0.0).abs()
-    kept = call.weights * call.keep
+
     row = (call.weights * scores).sum(-1)
     accumulated = a * (1 + scores + row[..., None])
-    terms = {"out": (kept * (e + accumulated)) @ size_v, "lse": x + a * (call.lse.abs() + row)}
+    weights = _Terms(call.weights * accumulated, (call.weights * e * (1 + rotated)) ** 2)
+    kept = weights * call.keep
+    lse = x + a * (call.lse.abs() + row) + e * ((call.weights * rotated) ** 2).sum(-1).sqrt()
+    terms = {"out": (kept @ size_v).total() + e * call.out.abs(), "lse": lse}
     if dout is None:
         return terms
 
-    dout = dout.double().abs()
-    dlse = torch.zeros_like(call.lse) if dlse is None else dlse.double().abs()
-    delta = (dout * (kept @ size_v)).sum(-1) + dlse
-    dscores = call.weights * (call.keep * (dout @ size_v.mT) + delta[..., None])
+    dout = dout.double()
+    dlse = torch.zeros_like(call.lse) if dlse is None else dlse.double()
+    size = dout.abs()
+    delta = (dout * call.out).sum(-1) - torch.where(call.lse == -math.inf, 0.0, dlse)
+    dscores = call.weights * (call.keep * (dout @ call.v.mT) - delta[..., None])
+    before = (size * ((call.weights * call.keep) @ size_v)).sum(-1) + dlse.abs()
+    from_out = e * ((dout * call.out) ** 2).sum(-1).sqrt()
+    errors = _Terms(
+        call.weights * (accumulated * (call.keep * (size @ size_v.mT) + before[..., None]) + from_out[..., None]),
+        (dscores * e * (1 + rotated)) ** 2,
+    )
 
     def per_kv_head(x: Tensor) -> Tensor:
-        return x.unflatten(1, (k.shape[1], -1)).sum(2)
+        return x.unflatten(1, (kv_heads, -1)).sum(2)
 
-    def off(x: Tensor) -> Tensor:
-        """Terms of sums that are rounded to x's dtype in the end."""
-        return dscores * (max(e, rounding_unit(x.dtype)) + accumulated)
-
-    terms["q"], terms["k"] = scale * off(q) @ size_k, per_kv_head(scale * off(k).mT @ size_q)
+    terms["q"] = scale * ((errors @ size_k).total() + e * (dscores @ call.k).abs())
+    terms["k"] = scale * (
+        (errors.mT @ size_q).per_kv_head(kv_heads).total() + e * per_kv_head(dscores.mT @ call.q).abs()
+    )
     if call.rotation is not None:
         terms["q"] = call.rotation.spread(terms["q"], call.rotation.q)
         terms["k"] = call.rotation.spread(terms["k"], call.rotation.k)
-    terms["v"] = per_kv_head((kept * (e + accumulated)).mT @ dout)
+    dv = per_kv_head((call.weights * call.keep).mT @ dout)
+    terms["v"] = (kept.mT @ size).per_kv_head(kv_heads).total() + e * dv.abs()
     if bias is not None and bias.dtype != torch.bool:
-        terms["bias"] = off(keywords["bias"]).sum_to_size(bias.shape)
+        unit = rounding_unit(keywords["bias"].dtype)
+        terms["bias"] = errors.sum_to(bias.shape).total() + unit * dscores.sum_to_size(bias.shape).abs()
     if keywords.get("alibi_slopes") is not None:
         slopes = keywords["alibi_slopes"]
-        terms["alibi_slopes"] = (off(slopes) * call.distance).sum((2, 3)).sum_to_size(slopes.shape)
+        exactly = (dscores * call.distance).sum((2, 3)).sum_to_size(slopes.shape).abs()
+        far = errors * call.distance.double()
+        summed = _Terms(*(x.sum((2, 3)) for x in far)).sum_to(slopes.shape)
+        terms["alibi_slopes"] = summed.total() + rounding_unit(slopes.dtype) * exactly
     if keywords.get("sink_logits") is not None:
-        unit, logits = max(e, rounding_unit(keywords["sink_logits"].dtype)), exact["sink_logits"][:, None]
-        sink = (logits - call.lse).exp() * (unit + a * (1 + logits.abs() + row))
-        terms["sink_logits"] = (sink * delta).sum((0, 2))
+        logits = exact["sink_logits"][:, None]
+        sink = (logits - call.lse).exp()
+        exactly = (sink * delta).sum((0, 2)).abs()
+        off = sink * (a * (1 + logits.abs() + row) * before + from_out)
+        terms["sink_logits"] = off.sum((0, 2)) + rounding_unit(keywords["sink_logits"].dtype) * exactly
     return terms
 
 
