@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import time
@@ -38,9 +39,9 @@ class Plan:
     model: TransformerConfig = field(
         default_factory=lambda: TransformerConfig(dim=128, layers=4, heads=2, kv_heads=1, max_length=256)
     )
-    training: TrainingConfig = TrainingConfig(steps=400, seconds=110.0, learning_rate=4e-3)
+    training: TrainingConfig = TrainingConfig(steps=300, seconds=120.0, learning_rate=2.5e-3)
     batch_size: int = 8
-    fine_tuning: TrainingConfig = TrainingConfig(steps=40, seconds=40.0, learning_rate=1e-3, warmup=10)
+    fine_tuning: TrainingConfig = TrainingConfig(steps=30, seconds=45.0, learning_rate=1e-3, warmup=10)
     fine_tuning_batch_size: int = 2
     windows: int = 96  # held-out texts that are read
     sinks: int = 4
@@ -74,7 +75,7 @@ def demo(out: Path, quick: bool) -> None:
 
     Takes about four minutes on two cores. Every figure is measured in this run.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     run(QUICK if quick else Plan(), out, console)
 
 
@@ -96,11 +97,15 @@ def run(plan: Plan, out: Path, console: Console) -> None:
 
     readings, trainings = _extend(plan, model, corpus, windows, console)
     report.print_readings(console, readings, plan.context)
-    report.print_verdict(console, readings, plan.context)
+    report.print_far_end(console, readings, plan.context)
     attention = _attention(plan, console)
     report.print_attention(console, attention, plan.attention_length)
     plot = out / "loss_by_position.png"
-    report.plot_readings(readings, plan.context, plot)
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("No plot: matplotlib is not installed (pip install longattn[plot]).")
+    else:
+        report.plot_readings(readings, plan.context, plot)
+        console.print(f"\nPlot: {plot}", soft_wrap=True)
 
     seconds = time.perf_counter() - started
     results = {
@@ -115,7 +120,7 @@ def run(plan: Plan, out: Path, console: Console) -> None:
     }
     figures = out / "results.json"
     figures.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    console.print(f"\n{seconds:.0f} s in all. Figures: {figures}, plot: {plot}")
+    console.print(f"All figures: {figures}\n{seconds:.0f} s in all.", soft_wrap=True)
 
 
 def _extend(
@@ -130,9 +135,9 @@ def _extend(
         report.print_training(console, result)
         return {"steps": result.step, "tokens": result.tokens, "seconds": result.seconds, "losses": result.losses}
 
-    def read(name: str, reader: Decoder) -> Reading:
+    def read(name: str, style: str, reader: Decoder) -> Reading:
         with console.status(f"reading {plan.length} bytes: {name}"):
-            return Reading(name, loss_by_position(reader, windows, dtype=_DTYPE))
+            return Reading(name, style, loss_by_position(reader, windows, dtype=_DTYPE))
 
     short = RandomWindows(corpus, batch_size=plan.batch_size, length=plan.context, seed=_SEED)
     trained = fit("Training", model, short, plan.training)
@@ -141,16 +146,16 @@ def _extend(
     with console.status(f"reading {plan.context} bytes at a time"):
         pieces = loss_in_short_windows(model, windows, plan.context, plan.context // 4, dtype=_DTYPE)
     readings = [
-        Reading(f"{plan.context} bytes at a time", pieces),
-        read("no extension", model),
-        read("YaRN", extended),
+        Reading(f"{plan.context} bytes at a time", "k:", pieces),
+        read("no extension", "C3", model),
+        read("YaRN", "C1", extended),
     ]
 
     long = RandomWindows(corpus, batch_size=plan.fine_tuning_batch_size, length=plan.length, seed=_SEED)
     tuned = fit("Fine-tuning with YaRN", extended, long, plan.fine_tuning)
     readings += [
-        read("YaRN + fine-tune", extended),
-        read("and window + sinks", extended.extended(window=plan.context, sinks=plan.sinks)),
+        read("YaRN + fine-tune", "C0", extended),
+        read("fine-tuned, window + sinks", "C2--", extended.extended(window=plan.context, sinks=plan.sinks)),
     ]
     return readings, {"training": trained, "fine_tuning": tuned}
 

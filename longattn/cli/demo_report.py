@@ -18,9 +18,10 @@ _POINTS_PER_CONTEXT = 4  # of the plot, within the trained length
 
 @dataclass(frozen=True)
 class Reading:
-    """The held-out texts as one model read them."""
+    """The held-out texts as one model read them; `style` is the plot's, in matplotlib's notation."""
 
     name: str
+    style: str
     loss: LossByPosition
 
     def to_dict(self, width: int) -> dict[str, Any]:
@@ -57,16 +58,19 @@ def print_readings(console: Console, readings: Sequence[Reading], context: int) 
     console.print(table)
 
 
-def print_verdict(console: Console, readings: Sequence[Reading], context: int) -> None:
-    """The far quarter of each reading beside the loss at the trained length, its first half looked back on."""
-    at_trained_length = readings[0].loss.bucket(context // 2, context).loss
+def print_far_end(console: Console, readings: Sequence[Reading], context: int) -> None:
+    """The last quarter of each reading, against the loss at the trained length and against the first reading."""
     length = readings[0].loss.losses.shape[1]
     far = length - length // 4
-    console.print(f"At the trained length (bytes {context // 2}-{context - 1}): {at_trained_length:.3f}")
-    console.print(f"At the far end (bytes {far}-{length - 1}):")
+    at_trained_length = readings[0].loss.bucket(context // 2, context).loss
+    same_bytes = readings[0].loss.bucket(far, length).loss
+    against = (f"bytes {context // 2}-{context - 1}: {at_trained_length:.3f}", readings[0].name)
+    table = Table(f"bytes {far}-{length - 1}", *(Column(name, justify="right") for name in ("loss", *against)))
     for reading in readings:
         loss = reading.loss.bucket(far, length).loss
-        console.print(f"  {loss:.3f} ({loss - at_trained_length:+.3f})  {reading.name}")
+        table.add_row(reading.name, f"{loss:.3f}", f"{loss - at_trained_length:+.3f}", f"{loss - same_bytes:+.3f}")
+    console.print("\nThe far end, against the loss at the trained length, and against the same bytes read in pieces")
+    console.print(table)
 
 
 def print_attention(console: Console, rows: Sequence[AttentionRow], length: int) -> None:
@@ -88,12 +92,13 @@ def plot_readings(readings: Sequence[Reading], context: int, path: Path) -> None
     from matplotlib.figure import Figure
 
     width = max(1, context // _POINTS_PER_CONTEXT)
+    length = readings[0].loss.losses.shape[1]
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for reading in readings:
         buckets = reading.loss.buckets(width)
         middles = [(bucket.start + bucket.stop) / 2 for bucket in buckets]
-        axes.plot(middles, [bucket.loss for bucket in buckets], label=reading.name)
+        axes.plot(middles, [bucket.loss for bucket in buckets], reading.style, label=reading.name)
     axes.axvline(context, color="0.4", linestyle="--", linewidth=1)
     axes.annotate(
         f"trained length {context}",
@@ -108,8 +113,9 @@ def plot_readings(readings: Sequence[Reading], context: int, path: Path) -> None
         title="Reading past the trained length: Python source, byte level",
         xlabel="position in the text (bytes)",
         ylabel="loss (nats per byte)",
-        xlim=(0, readings[0].loss.losses.shape[1]),
+        xlim=(0, length),
     )
+    axes.set_xticks(range(0, length + 1, context))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

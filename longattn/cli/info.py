@@ -22,7 +22,7 @@ __all__ = ["info"]
 @click.command()
 def info() -> None:
     """Show versions, the CPU kernels, and each backend with its reasons."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     facts = Table.grid(padding=(0, 2))
     for name, value in (
         ("longattn", __version__),

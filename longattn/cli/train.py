@@ -38,7 +38,7 @@ _HELD_OUT_WINDOWS = 64
 @click.option("--steps", default=2000, help="Training steps.")
 @click.option("--seconds", default=0.0, help="Train on for at least this long.")
 @click.option("--batch-size", default=8, help="Windows of text per step.")
-@click.option("--learning-rate", default=4e-3, help="Peak learning rate.")
+@click.option("--learning-rate", default=2.5e-3, help="Peak learning rate.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="auto", help="Of the matrix products.")
 @click.option("--save-every", default=200, help="Steps between checkpoints.")
 @click.option("--seed", default=0, help="Of the initial weights and of the batches.")
@@ -68,7 +68,7 @@ def train(
 
     Ctrl-C saves; the same command with --resume goes on from there, to the same losses.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if out.exists() != resume:
         expected = "a checkpoint to resume from" if resume else "a new file, or --resume beside it"
         raise InvalidInput("--out", expected, out)
@@ -98,9 +98,9 @@ def train(
     try:
         result = run_training(model, batches, training_config, checkpoint=out, resume=resume)
     except KeyboardInterrupt:
-        console.print(f"interrupted; saved to {out}: the same command with --resume goes on")
+        console.print(f"interrupted; saved to {out}: the same command with --resume goes on", soft_wrap=True)
         sys.exit(130)
-    console.print(f"{result.step} steps, {result.seconds:.0f} s; saved to {out}")
+    console.print(f"{result.step} steps, {result.seconds:.0f} s; saved to {out}", soft_wrap=True)
     if for_evaluation:
         windows = ByteCorpus(for_evaluation).spread(_HELD_OUT_WINDOWS, context + 1)
         held_out_loss = loss_by_position(model, windows, dtype=matmul_dtype("cpu")).bucket(0, context)

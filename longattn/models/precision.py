@@ -12,9 +12,11 @@ def matmul_dtype(device: torch.device | str) -> torch.dtype:
     device = torch.device(device)
     if device.type == "cuda":
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.9 cannot say
+        capabilities = torch.cpu.get_capabilities()
         faster = capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+    else:
+        faster = False
     return torch.bfloat16 if faster else torch.float32
 
 

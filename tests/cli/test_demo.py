@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from longattn.cli import main
@@ -22,7 +23,7 @@ def test_quick_demo_end_to_end(tmp_path: Path) -> None:
     plan = results["plan"]
     length = plan["factor"] * plan["context"]
     names = [reading["name"] for reading in results["loss_by_position"]]
-    assert names == ["32 bytes at a time", "no extension", "YaRN", "YaRN + fine-tune", "and window + sinks"]
+    assert names == ["32 bytes at a time", "no extension", "YaRN", "YaRN + fine-tune", "fine-tuned, window + sinks"]
     for reading in results["loss_by_position"]:
         buckets = reading["buckets"]
         assert [bucket["start"] for bucket in buckets] == list(range(0, length, plan["context"]))
@@ -35,7 +36,7 @@ def test_quick_demo_end_to_end(tmp_path: Path) -> None:
     for row in results["attention"]:
         assert row["failure"] is None and row["cost"]["seconds"] > 0
         assert f"{row['cost']['seconds']:.3f}" in result.output
-    assert str(out / "results.json") in result.output.replace("\n", "")
+    assert str(out / "results.json") in result.output
 
 
 def test_the_full_demo_keeps_its_promises_of_size() -> None:
@@ -44,3 +45,11 @@ def test_the_full_demo_keeps_its_promises_of_size() -> None:
     assert plan.attention_length == 16384
     assert plan.windows >= 64
     assert plan.training.seconds + plan.fine_tuning.seconds <= 200  # of five minutes in all
+
+
+def test_without_matplotlib_only_the_plot_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longattn.cli.demo._attention", lambda plan, console: [])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = CliRunner().invoke(main, ["demo", "--quick", "--out", str(tmp_path)])
+    assert result.exit_code == 0 and "matplotlib is not installed (pip install longattn[plot])" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
