@@ -368,14 +368,15 @@ def from_dict(values: dict[str, Any]) -> Case:
 class Sizes:
     """How large the cases are on one kind of device."""
 
-    widths: tuple[int, ...]  # D of dense and gqa
+    widths: tuple[int, ...]  # D of dense; the last is that of gqa
     heads: int  # of dense
     lengths: tuple[int, ...]  # of dense
     full: tuple[int, ...]  # lengths without a causal mask
     batch: tuple[int, int, int]  # B, H, N of many short sequences
     groups: tuple[int, int]  # Hq, Hkv of gqa, window and varlen
-    grouped: tuple[int, ...]  # lengths of gqa and of the window
+    grouped: tuple[int, ...]  # lengths of gqa
     window: int
+    windowed: tuple[int, ...]  # lengths under it
     narrow: tuple[int, int]  # a window and a length
     wide: int  # a window over long contexts, of one head
     long: tuple[int, ...]  # their lengths
@@ -393,12 +394,13 @@ CPU = Sizes(
     full=(2048, 4096),
     batch=(8, 12, 512),
     groups=(8, 2),
-    grouped=(2048, 4096, 8192),
+    grouped=(1024, 2048, 4096),
     window=1024,
+    windowed=(2048, 4096, 8192),
     narrow=(512, 4096),
     wide=4096,
     long=(8192, 32768, 131072),
-    packed=(4096, 16384),
+    packed=(2048, 8192),
     cached=(2048, 8192, 32768),
     rotated=(2048, 8192, 32768),
     block=512,
@@ -413,6 +415,7 @@ CUDA = Sizes(
     groups=(64, 8),
     grouped=(2048, 8192, 32768),
     window=1024,
+    windowed=(2048, 8192, 32768),
     narrow=(512, 4096),
     wide=4096,
     long=(8192, 32768, 131072),
@@ -431,6 +434,7 @@ QUICK = Sizes(
     groups=(4, 2),
     grouped=(128, 256),
     window=64,
+    windowed=(128, 256),
     narrow=(32, 256),
     wide=128,
     long=(256, 1024),
@@ -484,15 +488,14 @@ def _dense(sizes: Sizes, where: Where) -> Iterator[Case]:
 
 def _gqa(sizes: Sizes, where: Where) -> Iterator[Case]:
     for backward in (False, True):
-        for width in sizes.widths:
-            for n in sizes.grouped:
-                yield _attention(where, n, *sizes.groups, head_dim=width, backward=backward)
+        for n in sizes.grouped:
+            yield _attention(where, n, *sizes.groups, head_dim=sizes.widths[-1], backward=backward)
 
 
 def _window(sizes: Sizes, where: Where) -> Iterator[Case]:
     narrow, n_narrow = sizes.narrow
     for backward in (False, True):
-        for n in sizes.grouped:
+        for n in sizes.windowed:
             yield _attention(where, n, *sizes.groups, head_dim=64, window=sizes.window, backward=backward)
         yield _attention(where, n_narrow, sizes.heads, head_dim=64, window=narrow, backward=backward)
         for n in sizes.long:
@@ -502,7 +505,7 @@ def _window(sizes: Sizes, where: Where) -> Iterator[Case]:
 def _varlen(sizes: Sizes, where: Where) -> Iterator[Case]:
     for backward in (False, True):
         for n in sizes.packed:
-            yield _attention(where, n, *sizes.groups, head_dim=64, documents=halving(n), backward=backward)
+            yield _attention(where, n, *sizes.groups, head_dim=64, documents=quarters(n), backward=backward)
 
 
 def _decode(sizes: Sizes, where: Where) -> Iterator[Case]:
@@ -543,10 +546,9 @@ def _attention(
     return AttentionCase(**where, nk=n, nq=n if nq is None else nq, q_heads=q_heads, kv_heads=kv_heads, **rest)
 
 
-def halving(tokens: int, shortest: int = 16) -> tuple[int, ...]:
-    """Lengths that add up to `tokens`, each about half the one before: few long documents, many short ones."""
-    lengths = []
-    while tokens > 2 * shortest:
-        lengths.append(tokens - tokens // 2)
-        tokens //= 2
-    return (*lengths, tokens)
+def quarters(tokens: int) -> tuple[int, ...]:
+    """Lengths of documents that add up to `tokens`, a multiple of 32: a quarter of all tokens in documents of each size,
+
+    tokens / 4, tokens / 8, tokens / 16, tokens / 32.
+    """
+    return tuple(tokens // size for size in (4, 8, 16, 32) for _ in range(size // 4))

@@ -18,7 +18,7 @@ from longattn.bench.report import Report, Result
 
 Watch = Callable[[int, str], None]  # told how many cases are done, and what happens now
 
-_SECONDS = 8.0  # no further round of a case starts after this long
+_SECONDS = 3.0  # no further round of a case starts after this long
 
 
 def run(

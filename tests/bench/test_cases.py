@@ -18,8 +18,8 @@ from longattn.bench.cases import (
     BlockCase,
     RopeCase,
     from_dict,
-    halving,
     make_cases,
+    quarters,
     visible_pairs,
 )
 from longattn.errors import InvalidInput
@@ -153,8 +153,9 @@ def test_a_mask_that_hides_nothing(changes: dict[str, object], nothing: bool) ->
     assert not _attention(**{**changes, "nq": 32}, documents=(16, 16)).hides_nothing
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 33, 4096, 10000])
-def test_halving_adds_up(tokens: int) -> None:
-    lengths = halving(tokens)
-    assert sum(lengths) == tokens
-    assert list(lengths) == sorted(lengths, reverse=True)
+@pytest.mark.parametrize("tokens", [32, 256, 8192])
+def test_documents_share_the_tokens_in_quarters(tokens: int) -> None:
+    lengths = quarters(tokens)
+    assert len(lengths) == 15
+    for size in (4, 8, 16, 32):
+        assert sum(n for n in lengths if n == tokens // size) == tokens // 4
