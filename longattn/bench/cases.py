@@ -547,8 +547,8 @@ def _attention(
 
 
 def quarters(tokens: int) -> tuple[int, ...]:
-    """Lengths of documents that add up to `tokens`, a multiple of 32: a quarter of all tokens in documents of each size,
+    """Lengths of documents that add up to `tokens`, a multiple of 32.
 
-    tokens / 4, tokens / 8, tokens / 16, tokens / 32.
+    A quarter of the tokens is in documents of each size: tokens / 4, tokens / 8, tokens / 16, tokens / 32.
     """
     return tuple(tokens // size for size in (4, 8, 16, 32) for _ in range(size // 4))
