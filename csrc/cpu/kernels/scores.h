@@ -2,6 +2,8 @@
 // see.
 #pragma once
 
+#include <cfloat>
+
 #include "cpu/kernels/panel.h"
 
 namespace longattn {
@@ -20,8 +22,9 @@ struct ScoreScale {
 inline bool adjusts(const AttentionParams& p) { return p.softcap > 0 || p.alibi_slopes || p.bias.data; }
 
 inline ScoreScale score_scale(const AttentionParams& p) {
-  const double magnitude = p.scale == 0 ? 1.0 : p.scale < 0 ? -p.scale : p.scale;
-  const double query = p.scale == 0 ? 0.0 : p.scale < 0 ? -1.0 : 1.0;
+  const double size = p.scale < 0 ? -p.scale : p.scale;
+  const bool none = size < (p.dtype == DType::kFloat64 ? DBL_MIN : FLT_MIN);  // 0, or would be in the accumulation type
+  const double magnitude = none ? 1.0 : size, query = none ? 0.0 : p.scale < 0 ? -1.0 : 1.0;
   return adjusts(p) ? ScoreScale{query, magnitude, kLog2e} : ScoreScale{query, 1.0, magnitude * kLog2e};
 }
 
