@@ -143,6 +143,12 @@ VISIBILITY: dict[str, dict[str, Any]] = {
     "bounds, causal": {"bounds": documents(33, 47), "causal": True},
     "bounds by sequence": {"bounds": (randint(0, 40, 2, 33).int(), randint(0, 60, 2, 33).int())},
     "bounds outside": {"bounds": (torch.full((33,), -5, dtype=torch.int64), torch.full((33,), 10**9))},
+    "tensors of odd strides": {
+        "key_mask": rand(47, 4).t()[::2] < 0.7,
+        "key_lens": lengths_of(40, 0, 47, 0)[::2],
+        "align": lengths_of(14).expand(2),
+        "bounds": (randint(0, 9, 33, 2).int().t(), torch.full((1, 1), 40).expand(2, 33)),
+    },
     "everything": {
         "causal": True,
         "window": 17,
@@ -270,7 +276,7 @@ def test_results_are_laid_out_as_their_inputs(backend: str, layout: str) -> None
 @pytest.mark.parametrize("backend, dtype", backend_params(native=True))
 def test_scale(backend: str, dtype: torch.dtype) -> None:
     q, k, v = random_qkv(1, (2, 2), (20, 20), 16, dtype)
-    for scale in (0.0, 1.0, -0.7, 3.0):
+    for scale in (0.0, 1.0, -0.7, 3.0, 1e-46):
         check_attention(q, k, v, backend=backend, scale=scale, causal=True)
 
 
@@ -377,6 +383,16 @@ SCORES: dict[str, dict[str, Any]] = {
     "bias of sequences": {"bias": randn(2, 1, 1, 47)},
     "bias that blocks": {"bias": randn(33, 47).masked_fill(rand(33, 47) < 0.5, -torch.inf)},
     "bool bias": {"bias": rand(2, 1, 33, 47) < 0.5},
+    "bool bias of rows": {"bias": rand(33, 1) < 0.5},
+    "narrow bias": {"bias": randn(33, 47).bfloat16()},
+    "wide bias": {"bias": randn(2, 1, 33, 47, dtype=torch.float64), "causal": True},
+    "bias of odd strides": {"bias": randn(47, 66, 4).permute(2, 1, 0)[:, ::2], "window": 20},
+    "expanded bias": {"bias": randn(33, 1).expand(2, 4, 33, 47)},
+    "bias, empty rows": {"bias": randn(47), "causal": True, "align": -12},
+    "slopes of odd strides": {"alibi_slopes": rand(4, 2).t(), "sink_logits": randn(8)[::2]},
+    "narrow slopes and sinks": {"alibi_slopes": rand(4).half(), "sink_logits": randn(4).bfloat16()},
+    "softcap, peaked": {"softcap": 30.0, "scale": 3.0, "causal": True},
+    "large slopes": {"alibi_slopes": torch.tensor([8.0, 4.0, 2.0, 1.0]), "align": 10**6},
     "everything": {
         "softcap": 3.0,
         "alibi_slopes": rand(4),

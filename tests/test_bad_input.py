@@ -257,7 +257,7 @@ def test_integers_cannot_require_grad() -> None:
 def test_meta_tensors_are_unsupported() -> None:
     with pytest.raises(Unsupported) as raised:
         longattn.attention(Q.to("meta"), K.to("meta"), V.to("meta"))
-    assert set(raised.value.reasons) == {"cpu", "reference"}
+    assert set(raised.value.reasons) >= {"cpu", "reference"}
     assert all(raised.value.reasons.values())
 
 

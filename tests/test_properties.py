@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -56,6 +56,36 @@ def masks(draw: Any, batch: int, nq: int, nk: int, packed: bool = False) -> dict
 
 
 @st.composite
+def scores(draw: Any, batch: int, q_heads: int, nq: int, nk: int) -> dict[str, Any]:
+    """The keywords that change the scores, and dropout."""
+    generator = seeded(draw(st.integers(0, 2**32)))
+    dtypes = st.sampled_from(DTYPES)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(draw(dtypes))
+
+    found: dict[str, Any] = {}
+    if draw(st.booleans()):
+        found["scale"] = draw(st.floats(-1, 1))
+    if draw(st.integers(0, 3)) == 0:
+        found["softcap"] = draw(st.floats(0.5, 20))
+    if draw(st.integers(0, 3)) == 0:
+        found["alibi_slopes"] = randn(*((q_heads,) if draw(st.booleans()) else (batch, q_heads))) / 8
+    if draw(st.integers(0, 3)) == 0:
+        found["sink_logits"] = randn(q_heads)
+    if draw(st.integers(0, 3)) == 0:
+        full = (batch, q_heads, nq, nk)
+        shape = [draw(st.sampled_from((1, size))) for size in full][draw(st.integers(0, 3)) :]
+        bias = randn(*shape)
+        kind = draw(st.sampled_from(("added", "blocking", "bool")))
+        blocked = torch.rand(shape, generator=generator) < 0.3
+        found["bias"] = {"added": bias, "blocking": bias.masked_fill(blocked, -torch.inf), "bool": blocked}[kind]
+    if draw(st.integers(0, 5)) == 0 and batch * q_heads * nq * nk < 3000:  # the oracle draws them one by one
+        found |= {"dropout_p": draw(st.floats(0, 0.9)), "seed": draw(st.integers(-(2**63), 2**63 - 1))}
+    return found
+
+
+@st.composite
 def calls(draw: Any, backend: str) -> dict[str, Any]:
     batch, nq, nk = draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.integers(1, 70))
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
@@ -67,7 +97,7 @@ def calls(draw: Any, backend: str) -> dict[str, Any]:
         x = torch.randn(batch, heads, n, width, generator=generator).to(dtype)
         return laid_out(x, draw(st.sampled_from(LAYOUTS)))
 
-    found = draw(masks(batch, nq, nk))
+    found = draw(masks(batch, nq, nk)) | draw(scores(batch, kv_heads * group, nq, nk))
     found |= {
         "q": tensor(kv_heads * group, nq, head_dim),
         "k": tensor(kv_heads, nk, head_dim),
@@ -84,9 +114,12 @@ def calls(draw: Any, backend: str) -> dict[str, Any]:
 
 @BACKENDS
 def test_attention_is_the_oracles(backend: str) -> None:
-    @settings(max_examples=120)
+    @settings(max_examples=150)
     @given(calls(backend))
     def check(call: dict[str, Any]) -> None:
+        asked = {name: value for name, value in call.items() if name not in ("dout", "dlse")}
+        if longattn.explain(**asked).reasons[backend]:
+            reject()
         check_attention(**call, backend=backend)
 
     check()

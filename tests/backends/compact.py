@@ -49,6 +49,10 @@ def main() -> None:
         q, k, v = random_qkv(2, (2, 1), (70, 90), 16, dtype)
         bounds = torch.randint(0, 40, (2, 70)), torch.randint(30, 100, (2, 70))
         check_attention(q, k, v, backend="cpu", bounds=bounds, key_mask=torch.rand(2, 90) < 0.5)
+        scores = {"softcap": 4.0, "alibi_slopes": torch.rand(2), "sink_logits": torch.randn(2)}
+        check_attention(q, k, v, backend="cpu", causal=True, bias=torch.randn(70, 90), **scores)
+        few = random_qkv(1, (2, 1), (9, 40), 8, dtype)
+        check_attention(*few, backend="cpu", bias=torch.rand(9, 40) < 0.7, dropout_p=0.3, seed=5, **scores)
         check_varlen(random_packed((0, 70, 3), (5, 40, 0), dtype=dtype), backend="cpu", causal=True, rope=Rope(16))
         spread = 30.0 * q.float()  # peaked weights, whatever exp is made of
         check_attention(spread.to(dtype), k, v, backend="cpu", window=30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -66,6 +67,11 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "key_lens": {"key_lens": torch.tensor([3, 7])},
     "bounds": {"bounds": (torch.zeros(5).int(), torch.ones(5).int())},
     "rope": {"rope": Rope(8), "positions": torch.arange(7)},
+    "bias": {"bias": torch.zeros(5, 7)},
+    "softcap": {"softcap": 2.0},
+    "alibi_slopes": {"alibi_slopes": torch.ones(4)},
+    "sink_logits": {"sink_logits": torch.ones(4)},
+    "dropout": {"dropout_p": 0.1},
 }
 
 
@@ -77,7 +83,7 @@ def test_what_it_must_run(dtype: torch.dtype, case: str) -> None:
         q, k, v = (x.requires_grad_() for x in random_qkv(2, heads, (5, 7), (8, 6), dtype))
         assert longattn.explain(q, k, v, **SUPPORTED[case]).reasons["cpu"] == []
         assert longattn.explain(q, k, v, **SUPPORTED[case]).backend == "cpu"
-    wide = random_qkv(2, (1, 1), (5, 7), 512, dtype)
+    wide = random_qkv(2, (4, 4), (5, 7), 512, dtype)
     assert longattn.explain(*wide, **SUPPORTED[case]).reasons["cpu"] == []
 
 
@@ -268,6 +274,9 @@ def call() -> tuple[Any, list[Tensor]]:
         lo=torch.zeros(5).int(),
         hi=torch.full((5,), 7).int(),
         inv_freq=torch.ones(4),
+        bias=torch.zeros(2, 4, 5, 7),
+        alibi_slopes=torch.ones(2, 4),
+        sink_logits=torch.ones(4),
     )
     return parameters(tensors)
 
@@ -334,6 +343,14 @@ BAD: list[tuple[str, Any]] = [
     ("lo", 0),
     ("hi", 0),
     ("bounds_batch", -5),
+    *((name, value) for name in ("scale", "softcap", "dropout_p") for value in (math.nan, math.inf)),
+    ("softcap", -1.0),
+    ("dropout_p", -0.1),
+    ("dropout_p", 1.0),
+    ("slopes_batch", -4),
+    *(("bias", (4096, *strides)) for strides in ((-1, 1, 1, 1, 0), (1, 1, 1, -1, 0), (HUGE, HUGE, HUGE, HUGE, 0))),
+    ("bias", (4096, 1, 1, 1, 1, 5)),
+    ("bias", (4096, 1, 1, 1, 1, -1)),
     ("rotated", -2),
     ("rotated", 3),
     ("rotated", 10),
@@ -347,6 +364,8 @@ BAD_BACKWARD: list[tuple[str, Any]] = [
     ("dk", (4096, 1, -1, 1)),
     ("dv", (4096, 1, 1, -1)),
     ("delta", 0),
+    ("dbias", (4096, -1, 1, 1, 1, 0)),
+    ("dbias", (4096, HUGE, HUGE, HUGE, HUGE, 0)),
 ]
 
 
@@ -385,6 +404,14 @@ def test_bad_cu_seqlens(packed_call: tuple[Any, list[Tensor]], side: str, entrie
         with pytest.raises(InvalidInput) as raised:
             function(params)
         assert raised.value.argument == f"cu_seqlens_{side}"
+
+
+def test_a_bias_beside_packed_sequences(packed_call: tuple[Any, list[Tensor]]) -> None:
+    params, _ = packed_call
+    bias = torch.zeros(1)
+    params.bias = (bias.data_ptr(), 0, 0, 0, 0, 0)
+    with pytest.raises(InvalidInput, match="bias"):
+        cpu.native().attention_forward(params)
 
 
 def test_half_packed(packed_call: tuple[Any, list[Tensor]]) -> None:
