@@ -521,7 +521,7 @@ def _rope(sizes: Sizes, where: Where) -> Iterator[Case]:
 
 def _module(sizes: Sizes, where: Where) -> Iterator[Case]:
     q_heads, kv_heads = sizes.groups
-    for window in (None, sizes.window):
+    for window in (None, sizes.narrow[0]):
         for n in sizes.block_lengths:
             yield BlockCase(
                 **where, n=n, dim=sizes.block, q_heads=q_heads, kv_heads=kv_heads, window=window, backward=True

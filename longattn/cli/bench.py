@@ -117,8 +117,15 @@ def show(report: Report, console: Console) -> None:
 
 
 def _table(report: Report, curve: str, cases: list[Case]) -> Table:
-    table = Table(title=curve, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("N", justify="right")
+    table = Table(
+        title=curve,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("N", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     rate = "GFLOP/s" if cases[0].bound == "arithmetic" else "GB/s"
     for heading in ("time", rate, "of limit", "ratio", "memory"):
