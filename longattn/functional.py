@@ -177,8 +177,8 @@ def attention_varlen(
     )
     arguments.flag("return_lse", return_lse)
     out, lse = ops.attention(tensors, problem, registry.select(problem, backend).name)
-    out = out[0].transpose(0, 1)
-    return (out, lse[0]) if return_lse else out
+    out = out.squeeze(0).transpose(0, 1)  # indexing would copy the gradient
+    return (out, lse.squeeze(0)) if return_lse else out
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
