@@ -31,7 +31,7 @@ def test_speed(benchmark: Any, case: Case, contender: Contender) -> None:
         call, _ = warmed_up(contender, case, case.inputs())
     except Refused as refused:
         pytest.skip(str(refused))
-    benchmark.group = case.name
+    benchmark.group, benchmark.name = case.name, contender.name
     benchmark.extra_info.update(case.to_dict(), contender=contender.name, work=case.work)
 
     def finished() -> None:
