@@ -39,9 +39,9 @@ class Plan:
     model: TransformerConfig = field(
         default_factory=lambda: TransformerConfig(dim=128, layers=4, heads=2, kv_heads=1, max_length=256)
     )
-    training: TrainingConfig = TrainingConfig(steps=300, seconds=120.0, learning_rate=2.5e-3)
+    training: TrainingConfig = TrainingConfig(steps=200, seconds=120.0, learning_rate=2.5e-3)
     batch_size: int = 8
-    fine_tuning: TrainingConfig = TrainingConfig(steps=30, seconds=45.0, learning_rate=1e-3, warmup=10)
+    fine_tuning: TrainingConfig = TrainingConfig(steps=20, seconds=45.0, learning_rate=1e-3, warmup=10)
     fine_tuning_batch_size: int = 2
     windows: int = 96  # held-out texts that are read
     sinks: int = 4
