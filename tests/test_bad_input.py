@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,12 @@ def sparse(x: Tensor) -> Tensor:
     return x.to_sparse()
 
 
+def nested(*parts: Tensor, **options: Any) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are a prototype
+        return torch.nested.nested_tensor(list(parts), **options)
+
+
 # (what is wrong, the argument that the error names, the arguments that differ from Q, K, V).
 TENSORS: list[tuple[str, str, dict[str, Any]]] = [
     ("no tensor", "q", {"q": 3.0}),
@@ -43,12 +50,12 @@ TENSORS: list[tuple[str, str, dict[str, Any]]] = [
     ("bool", "q", {"q": Q.bool(), "k": K.bool(), "v": V.bool()}),
     ("complex", "q", {"q": Q.cfloat(), "k": K.cfloat(), "v": V.cfloat()}),
     ("float8", "q", {"q": Q.to(torch.float8_e4m3fn), "k": K.to(torch.float8_e4m3fn), "v": V.to(torch.float8_e4m3fn)}),
-    ("quantized", "q", {"q": torch.quantize_per_tensor(Q, 0.1, 0, torch.quint8)}),
     ("k of another dtype", "k", {"k": K.double()}),
     ("v of another dtype", "v", {"v": V.bfloat16()}),
     ("sparse q", "q", {"q": sparse(Q)}),
     ("sparse k", "k", {"k": sparse(K)}),
-    ("nested", "q", {"q": torch.nested.nested_tensor([Q[0], Q[1, :, :3]])}),
+    ("nested", "q", {"q": nested(Q[0], Q[1, :, :3])}),
+    ("jagged", "q", {"q": nested(Q[0], Q[1, :3], layout=torch.jagged)}),
     ("k elsewhere", "k", {"k": K.to("meta")}),
     ("v elsewhere", "v", {"v": V.to("meta")}),
     ("batches differ", "k", {"k": K[:1], "v": V[:1]}),

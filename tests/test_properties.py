@@ -66,7 +66,7 @@ def scores(draw: Any, batch: int, q_heads: int, nq: int, nk: int) -> dict[str, A
 
     found: dict[str, Any] = {}
     if draw(st.booleans()):
-        found["scale"] = draw(st.floats(-1, 1))
+        found["scale"] = draw(st.sampled_from((0.0, 1.0)) | st.floats(0.01, 1) | st.floats(-1, -0.01))
     if draw(st.integers(0, 3)) == 0:
         found["softcap"] = draw(st.floats(0.5, 20))
     if draw(st.integers(0, 3)) == 0:

@@ -45,13 +45,14 @@ def assert_within_budget(
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     if not got.numel():
         return
-    got = got.detach().double()
+    info = torch.finfo(got.dtype)
+    got, subnormal = got.detach().double(), info.smallest_normal * info.eps
     finite = exact.isfinite()
     misfits = int((got.isfinite() != finite).sum())
     assert not misfits, f"{name}: {misfits} entries are finite and should not be, or the other way round"
     assert torch.equal(got[~finite], exact[~finite]), f"{name}: wrong infinity"
     error = (got - exact)[finite].abs()
-    budget = torch.as_tensor(terms, dtype=torch.float64).expand(exact.shape)[finite]
+    budget = torch.as_tensor(terms, dtype=torch.float64).expand(exact.shape)[finite] + subnormal
     if eager is not None:
         eager_error = (eager.detach().double() - exact)[finite].abs()
         budget = budget + FACTOR * (eager_error.max() if eager_error.numel() else 0.0)
