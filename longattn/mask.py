@@ -89,6 +89,15 @@ class Mask:
         full_stop = lk if self.right is None else max(0, min(lk, first + self.right + 1))
         return KeyRange(min(self.sinks, start), start, min(max(full_start, start), stop), full_stop, stop)
 
+    def visible_pairs(self, lq: int, lk: int) -> int:
+        """The (query, key) pairs that see each other, counted without looking at each."""
+        first = self.position(0, lq, lk)
+        pairs = lq * lk if self.right is None else _sum_clamped(first + self.right + 1, lq, lk)
+        if self.left is not None:
+            pairs -= _sum_clamped(first - self.left, lq, lk)  # keys that are too old
+            pairs += _sum_clamped(first - self.left, lq, min(self.sinks, lk))  # but for the sinks among them
+        return pairs
+
     def materialize(
         self,
         lq: int,
@@ -98,23 +107,26 @@ class Mask:
         key_mask: Tensor | None = None,
         key_lens: Tensor | None = None,
         bounds: tuple[Tensor, Tensor] | None = None,
-        rows: slice = slice(None),
+        rows: slice | Tensor = slice(None),
+        keys: slice = slice(None),
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """The mask as a bool tensor, True = visible: [1 or B, Lq, Lk], or only the query `rows`. The slow oracle.
+        """The mask as a bool tensor, True = visible: [1 or B, Lq, Lk], or a part of it. The slow oracle.
 
         Args:
             offset: int tensor [B], in place of the mask's own offset.
             key_mask: bool [B, Lk], True = visible.
             key_lens: int [B], keys at or past it are hidden; it takes the place of Lk in the alignment.
             bounds: (lo, hi), int [Lq] or [B, Lq]: a query sees keys of [lo, hi) only.
+            rows: the queries wanted, a slice or their indices; keys: the keys wanted.
         """
-        j = torch.arange(lk, device=device)
+        j = torch.arange(*keys.indices(lk), device=device)
         lens = torch.tensor([lk], device=device) if key_lens is None else key_lens.to(torch.int64)
         shift = torch.tensor([self.offset], device=device) if offset is None else offset.to(torch.int64)
         if self.from_end:
             shift = shift + lens - lq
-        p = torch.arange(lq, device=device)[rows] + shift[:, None]  # [B, rows]
+        i = rows if isinstance(rows, Tensor) else torch.arange(*rows.indices(lq), device=device)
+        p = i + shift[:, None]  # [B, rows]
         p = p[:, :, None]
         visible = j < lens[:, None, None]
         if self.right is not None:
@@ -122,11 +134,11 @@ class Mask:
         if self.left is not None:
             visible = visible & ((j >= p - self.left) | (j < self.sinks))
         if key_mask is not None:
-            visible = visible & key_mask[:, None, :]
+            visible = visible & key_mask[:, None, keys]
         if bounds is not None:
             lo, hi = (x if x.dim() == 2 else x[None] for x in bounds)
             visible = visible & (lo[:, rows, None] <= j) & (j < hi[:, rows, None])
-        return visible.expand(visible.shape[0], p.shape[1], lk)
+        return visible.expand(visible.shape[0], p.shape[1], j.shape[0])
 
 
 def _window_sides(window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:
@@ -145,3 +157,14 @@ def _window_sides(window: int | tuple[int, int] | None) -> tuple[int | None, int
     if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)) or window < 1:
         raise InvalidInput("window", expected, repr(window))
     return window - 1, window - 1
+
+
+def _sum_clamped(first: int, count: int, high: int) -> int:
+    """The sum of min(max(x, 0), high) over x = first, ..., first + count - 1."""
+
+    def below(stop: int) -> int:
+        """Of x = 0, ..., stop - 1."""
+        rising = min(max(stop, 0), high)
+        return rising * (rising - 1) // 2 + high * (max(stop, 0) - rising)
+
+    return below(first + count) - below(first)

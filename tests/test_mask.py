@@ -87,6 +87,23 @@ def test_materialize_rows() -> None:
         assert torch.equal(mask.materialize(5, 9, bounds=bounds, rows=rows), everything[:, rows])
 
 
+def test_materialize_a_part() -> None:
+    mask, bounds = Mask(3, 1, 1), (torch.tensor([0, 1, 0, 2, 0]), torch.tensor([4, 4, 9, 9, 5]))
+    key_mask = torch.rand(2, 9) < 0.7
+    everything = mask.materialize(5, 9, bounds=bounds, key_mask=key_mask)
+    rows = torch.tensor([4, 0, 0, 2])
+    for keys in (slice(0, 0), slice(2, 7), slice(8, 99)):
+        part = mask.materialize(5, 9, bounds=bounds, key_mask=key_mask, rows=rows, keys=keys)
+        assert torch.equal(part, everything[:, rows, keys])
+
+
+def test_visible_pairs_are_those_that_materialize_shows() -> None:
+    for mask in small_masks():
+        for lq, lk, from_end, offset in itertools.product((0, 1, 5), (0, 1, 6), (False, True), (-3, 0, 4)):
+            mask = Mask(mask.left, mask.right, mask.sinks, offset, from_end)
+            assert mask.visible_pairs(lq, lk) == int(mask.materialize(lq, lk).sum())
+
+
 numbers = st.integers(0, 2**31 - 1)
 positions = st.integers(-(2**31), 2**31)
 

@@ -23,27 +23,6 @@ Bound = Literal["arithmetic", "bandwidth"]
 _BACKWARD = 2.5  # floating-point operations of attention's backward, per one of its forward
 
 
-def visible_pairs(mask: Mask, lq: int, lk: int) -> int:
-    """The (query, key) pairs that a mask lets see each other, counted without looking at each."""
-    first = mask.position(0, lq, lk)
-    pairs = lq * lk if mask.right is None else _sum_clamped(first + mask.right + 1, lq, lk)
-    if mask.left is not None:
-        pairs -= _sum_clamped(first - mask.left, lq, lk)  # keys that are too old
-        pairs += _sum_clamped(first - mask.left, lq, min(mask.sinks, lk))  # but for the sinks among them
-    return pairs
-
-
-def _sum_clamped(first: int, count: int, high: int) -> int:
-    """The sum of min(max(x, 0), high) over x = first, ..., first + count - 1."""
-
-    def below(stop: int) -> int:
-        """Of x = 0, ..., stop - 1."""
-        rising = min(max(stop, 0), high)
-        return rising * (rising - 1) // 2 + high * (max(stop, 0) - rising)
-
-    return below(first + count) - below(first)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """The tensors of a case. `wanted` are the leaves that gradients are asked for, given `dout`, that of the output."""
@@ -173,7 +152,7 @@ class AttentionCase(Case):
     def pairs(self) -> int:
         """Visible (query, key) pairs of one head, all sequences together."""
         sequences = [(n, n) for n in self.documents] or [(self.nq, self.nk)] * self.batch
-        return sum(visible_pairs(self.mask, lq, lk) for lq, lk in sequences)
+        return sum(self.mask.visible_pairs(lq, lk) for lq, lk in sequences)
 
     @property
     def hides_nothing(self) -> bool:

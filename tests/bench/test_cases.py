@@ -8,8 +8,6 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from longattn.bench.cases import (
     DTYPES,
@@ -20,10 +18,8 @@ from longattn.bench.cases import (
     from_dict,
     make_cases,
     quarters,
-    visible_pairs,
 )
 from longattn.errors import InvalidInput
-from longattn.mask import Mask
 from longattn.models import Block
 
 _EVERY = [case for device in ("cpu", "cuda") for case in make_cases(device=device)] + make_cases(quick=True)
@@ -32,21 +28,6 @@ _EVERY = [case for device in ("cpu", "cuda") for case in make_cases(device=devic
 def _attention(**changes: object) -> AttentionCase:
     arguments = {"set": "dense", "dtype": "float32", "nk": 32, "nq": 32, "q_heads": 6, "kv_heads": 2, "head_dim": 16}
     return AttentionCase(**{**arguments, **changes})  # type: ignore[arg-type]
-
-
-@given(
-    causal=st.booleans(),
-    window=st.none() | st.integers(1, 20),
-    sinks=st.integers(0, 5),
-    align=st.sampled_from(["start", "end"]),
-    lq=st.integers(0, 12),
-    lk=st.integers(0, 24),
-)
-def test_pairs_are_those_that_the_mask_shows(
-    causal: bool, window: int | None, sinks: int, align: str, lq: int, lk: int
-) -> None:
-    mask = Mask.from_window(causal=causal, window=window, sinks=sinks, align=align)
-    assert visible_pairs(mask, lq, lk) == int(mask.materialize(lq, lk).sum())
 
 
 @pytest.mark.parametrize(
