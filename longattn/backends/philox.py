@@ -27,12 +27,13 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> 
     return c0, c1, c2, c3
 
 
-def uniform_bits(seed: Tensor, b: Tensor, h: Tensor, i: Tensor, nk: int) -> Tensor:
-    """The random numbers of [0, 2^32) of keys 0..nk - 1: int64 [*broadcast(b, h, i), nk]."""
-    quads = torch.arange((nk + 3) // 4, device=i.device)
+def uniform_bits(seed: Tensor, b: Tensor, h: Tensor, i: Tensor, keys: slice) -> Tensor:
+    """The random numbers of [0, 2^32) of a range of keys: int64 [*broadcast(b, h, i), keys]."""
+    first = keys.start // 4
+    quads = torch.arange(first, (keys.stop + 3) // 4, device=i.device)
     counter = torch.broadcast_tensors(quads, i[..., None], h[..., None], b[..., None])
     words = torch.stack(philox4x32(counter, seed), -1)  # [..., quads, 4]
-    return words.flatten(-2)[..., :nk]
+    return words.flatten(-2)[..., keys.start - 4 * first : keys.stop - 4 * first]
 
 
 def _multiply(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,16 +36,18 @@ def test_known_answers(counter: tuple[int, ...], key: tuple[int, int], expected:
 @pytest.mark.parametrize("nk", [1, 3, 4, 9])
 def test_layout(seed: int, nk: int) -> None:
     b, h, i = torch.tensor([0, 3])[:, None, None], torch.tensor([0, 1])[:, None], torch.tensor([0, 5, 70000])
-    bits = uniform_bits(torch.tensor([seed]), b, h, i, nk)
+    bits = uniform_bits(torch.tensor([seed]), b, h, i, slice(0, nk))
     assert bits.shape == (2, 2, 3, nk) and bits.dtype == torch.int64
     for at_b, at_h, at_i, j in ((0, 0, 0, 0), (1, 1, 1, nk - 1), (1, 0, 2, nk // 2)):
         counter = (j // 4, int(i[at_i]), int(h.flatten()[at_h]), int(b.flatten()[at_b]))
         assert int(bits[at_b, at_h, at_i, j]) == oracle.philox4x32(counter, seed)[j % 4]
+    for start in range(nk):
+        assert torch.equal(uniform_bits(torch.tensor([seed]), b, h, i, slice(start, nk)), bits[..., start:])
 
 
 def test_numbers_look_uniform() -> None:
     zero = torch.zeros(1, dtype=torch.int64)
-    bits = uniform_bits(torch.tensor([7]), zero, zero, torch.arange(400), 400).double() / 2**32
+    bits = uniform_bits(torch.tensor([7]), zero, zero, torch.arange(400), slice(0, 400)).double() / 2**32
     assert abs(bits.mean().item() - 0.5) < 5 * (1 / 12 / bits.numel()) ** 0.5
     counts = torch.histc(bits, 16, 0, 1)
     expected = bits.numel() / 16

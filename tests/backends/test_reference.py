@@ -8,7 +8,7 @@ from torch import Tensor
 
 import longattn
 from helpers import random_packed, random_qkv, run
-from longattn.backends import reference
+from longattn.backends import eager
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_blocks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch, keyw
     tensors = random_qkv(2, (4, 2), (37, 41), 8)
     dout = torch.randn(2, 4, 37, 8)
     whole = run(longattn.attention, tensors, dout, backend="reference", **keywords)
-    monkeypatch.setattr(reference, "_BLOCK_BYTES", 8 * 2 * 4 * 41 * 5)  # 5 rows at a time
+    monkeypatch.setattr(eager, "_TILE_BYTES", 8 * 2 * 4 * 41 * 5)  # 5 rows at a time
     blocks = run(longattn.attention, tensors, dout, backend="reference", **keywords)
     for name, expected in whole.items():
         torch.testing.assert_close(blocks[name], expected, rtol=1e-6, atol=1e-6)
@@ -38,8 +38,8 @@ def test_results_are_rounded_once(dtype: torch.dtype) -> None:
 def test_memory_is_bounded() -> None:
     """4096 queries and keys of 64 heads: the scores at once would take 8.6 GB."""
     q = torch.zeros(1, 64, 4096, 1)
-    rows = reference._BLOCK_BYTES // (8 * 64 * 4096)
-    assert 0 < rows < 4096 and rows * 8 * 64 * 4096 <= reference._BLOCK_BYTES
+    rows = eager._TILE_BYTES // (8 * 64 * 4096)
+    assert 0 < rows < 4096 and rows * 8 * 64 * 4096 <= eager._TILE_BYTES
     out = longattn.attention(q[:, :, :8], q, torch.ones_like(q), backend="reference")
     assert torch.equal(out, torch.ones_like(out))
 
