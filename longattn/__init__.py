@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from longattn import scaling
 from longattn._version import __version__
 from longattn.errors import InvalidInput, Unsupported
-from longattn.functional import Explanation, apply_rope, attention, attention_varlen, explain, merge_attention
+from longattn.explanation import Explanation
+from longattn.functional import apply_rope, attention, attention_varlen, explain, merge_attention
 from longattn.mask import Mask
 from longattn.rope import Rope
 

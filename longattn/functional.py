@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from longattn import arguments, ops
 from longattn.arguments import Positions, Window
 from longattn.backends import registry
-from longattn.problem import Problem
+from longattn.explanation import Explanation, explanation
 from longattn.rope import Rope
 
 
@@ -227,44 +226,35 @@ def apply_rope(x: Tensor, rope: Rope, positions: Tensor | None = None, *, backen
     return ops.rope(x4, inv_freq, angles, factor, rope.interleaved, chosen).view(x.shape)
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Which backend runs a call, and why each other one does not."""
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    **keywords: Any,
+) -> Explanation:
+    """What a query of this call sees, what that costs, which backend would run it, and why every other does not.
 
-    call: str
-    backend: str | None  # None: no backend can run the call
-    reasons: dict[str, list[str]]  # of every backend in order of preference; empty where it can run the call
-
-    def __str__(self) -> str:
-        lines = [f"call: {self.call}", f"runs on: {self.backend or 'no backend'}"]
-        for name, why in self.reasons.items():
-            status = "chosen" if name == self.backend else "; ".join(why) if why else "can run it, but comes later"
-            lines.append(f"  {name}: {status}")
-        return "\n".join(lines)
-
-
-def explain(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Explanation:
-    """Which backend `attention` would run this call on, and why every other does not. Runs nothing.
+    Runs nothing and allocates nothing; q, k and v may be expanded from a single row. `print` shows a table.
 
     Args:
-        q, k, v, keywords: as in `attention`.
+        q, k, v, keywords: as in `attention`; with cu_seqlens and max_seqlens, as in `attention_varlen`.
 
     Raises:
         InvalidInput: an argument breaks the contract.
     """
-    name = keywords.pop("backend", "auto")
-    keywords.pop("return_lse", None)
-    _, problem = arguments.dense(q, k, v, **{**_DEFAULTS, **keywords})
-    return _explain(problem, name)
+    backend = keywords.pop("backend", "auto")
+    arguments.flag("return_lse", keywords.pop("return_lse", False))
+    keywords = {**_DEFAULTS, **keywords}
+    if all(x is None for x in (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)):
+        return explanation(*arguments.dense(q, k, v, **keywords), backend)
+    packed: Any = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return explanation(*arguments.packed(q, k, v, *packed, **keywords), backend)
 
 
 _DEFAULTS = {
     name: value for name, value in (attention.__kwdefaults__ or {}).items() if name not in ("return_lse", "backend")
 }
-
-
-def _explain(problem: Problem, name: str) -> Explanation:
-    reasons = registry.reasons(problem)
-    allowed = reasons if name == "auto" else {registry.get(name).name: reasons[name]}
-    chosen = next((backend for backend, why in allowed.items() if not why), None)
-    return Explanation(str(problem), chosen, reasons)

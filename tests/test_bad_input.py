@@ -190,9 +190,8 @@ def test_attention(what: str, argument: str, overrides: dict[str, Any]) -> None:
         longattn.attention(**arguments)
     assert raised.value.argument == argument
     assert str(raised.value).startswith(f"{argument}: expected {raised.value.expected}, got")
-    if argument != "return_lse":  # which explain has no use for
-        with pytest.raises(InvalidInput):
-            longattn.explain(**arguments)
+    with pytest.raises(InvalidInput):
+        longattn.explain(**arguments)
 
 
 PACKED = dict(
@@ -245,6 +244,9 @@ OF_PACKED: list[tuple[str, str, dict[str, Any]]] = [
 def test_attention_varlen(what: str, argument: str, overrides: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput) as raised:
         longattn.attention_varlen(**{**PACKED, **overrides})
+    assert raised.value.argument == argument
+    with pytest.raises(InvalidInput) as raised:
+        longattn.explain(**{**PACKED, **overrides})
     assert raised.value.argument == argument
 
 

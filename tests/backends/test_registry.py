@@ -110,12 +110,18 @@ def test_explain(backends: tuple[str, ...]) -> None:
         "picky": ["head_dim is not 8", "nor will it be"],
         "reference": [],
     }
-    text = str(found)
-    assert "runs on: reference" in text and "absent: it is not installed" in text and "right 0" in text
+    lines = [line.split(maxsplit=1) for line in str(found).splitlines()]
+    assert lines[-4:] == [
+        ["runs", "on      reference"],
+        ["absent", "cannot: it is not installed"],
+        ["picky", "cannot: head_dim is not 8; nor will it be"],
+        ["reference", "chosen"],
+    ]
     assert longattn.explain(q[..., :8], k[..., :8], v).backend == "picky"
     assert longattn.explain(q, k, v, backend="picky").backend is None
     assert longattn.explain(q[..., :8], k[..., :8], v, backend="reference").backend == "reference"
-    assert "can run it, but comes later" in str(longattn.explain(q[..., :8], k[..., :8], v))
+    assert "reference  can run it, but comes later" in str(longattn.explain(q[..., :8], k[..., :8], v))
+    assert "reference  can run it, but was not asked to" in str(longattn.explain(q, k, v, backend="picky"))
 
 
 def test_explain_runs_nothing(backends: tuple[str, ...]) -> None:
