@@ -1,0 +1,117 @@
+"""The attention of a Hugging Face model's layer as one call of `longattn.attention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longattn.errors import InvalidInput, Unsupported
+from longattn.functional import attention
+from longattn.integrations.huggingface.visibility import Visibility
+
+# Keywords by which some models change the scores in ways of their own.
+_FOREIGN = ("block_indices", "sinks", "cache")
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    output_attentions: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers' AttentionInterface calls in a layer.
+
+    Args:
+        module: the layer.
+        query: [B, Hq, Nq, D]; key, value: [B, Hkv, Nk, D or Dv], the cached ones included.
+        attention_mask: the Visibility made for this call, a 4-D mask that the caller gave to the model (bool, or
+            floating and added to the scores), or None: the layer's is_causal decides.
+        scaling, dropout, softcap: as `scale`, `dropout_p` and `softcap` of `longattn.attention`.
+        position_bias: added to the scores, broadcastable to [B, Hq, Nq, Nk] (T5).
+        s_aux: [Hq], learned sink logits (gpt-oss).
+        sliding_window: not read; masks carry it.
+        cu_seq_lens_q, cu_seq_lens_k: int32, where the sequences packed in a row of batch 1 start and the last ends.
+
+    Returns:
+        (out [B, Nq, Hq, Dv], None).
+
+    Raises:
+        InvalidInput, Unsupported: as `longattn.attention`; also for a mask or keyword that it cannot honour.
+    """
+    for name in _FOREIGN:
+        if others.get(name) is not None:
+            raise Unsupported(f"{type(module).__name__} with {name}", {"every backend": [f"{name} is not implemented"]})
+    if len(query) == 1 != len(key):
+        query = query.expand(len(key), -1, -1, -1)  # learned queries, the same for all
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    call = _visible(attention_mask, query, key, bool(is_causal), sliding_window)
+    if position_bias is not None:
+        dense = call.pop("bias", None)
+        call["bias"] = position_bias if dense is None else _biased(position_bias, dense)
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+        call["bounds"] = _within_sequences(cu_seq_lens_q, cu_seq_lens_k, query, call)
+    out = attention(
+        query, key, value, scale=scaling, dropout_p=dropout, softcap=softcap, sink_logits=s_aux, **call
+    )
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2), None
+
+
+def _visible(
+    mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool, sliding_window: int | None
+) -> dict[str, Any]:
+    """The keywords of `longattn.attention` that say which keys a query sees."""
+    nq, nk = query.shape[2], key.shape[2]
+    if isinstance(mask, Visibility):
+        if tuple(mask.shape[2:]) != (nq, nk):
+            raise InvalidInput("attention_mask", f"a mask made for {nq} queries and {nk} keys", repr(mask))
+        return mask.keywords()
+    if mask is None:
+        if not is_causal or nq == 1:
+            return {}
+        if sliding_window is not None and sliding_window < nk:
+            raise InvalidInput("attention_mask", f"a mask, as sliding_window {sliding_window} hides keys", None)
+        return {"causal": True, "align": "start"}  # as PyTorch's scaled_dot_product_attention, which models are made for
+    if mask.dim() != 4:
+        raise InvalidInput("attention_mask", "4 dimensions in an attention layer", f"shape {tuple(mask.shape)}")
+    return {"bias": mask}
+
+
+def _biased(bias: Tensor, mask: Tensor) -> Tensor:
+    """A bias under a dense mask, bool (True = visible) or to be added."""
+    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def _within_sequences(
+    cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, query: Tensor, call: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The bounds of queries that see only the keys of their own sequence, and of `call`."""
+    if len(query) != 1:
+        raise InvalidInput("cu_seq_lens_q", "None with a batch above 1: the sequences are packed in one row", len(query))
+    one_sided = call.get("causal") or call.get("window") is not None
+    if one_sided and cu_seq_lens_q is not cu_seq_lens_k and not torch.compiler.is_compiling():
+        if not torch.equal(cu_seq_lens_q, cu_seq_lens_k):
+            raise InvalidInput("cu_seq_lens_k", "cu_seq_lens_q, where the mask depends on positions", "other lengths")
+    index = torch.arange(query.shape[2], device=query.device)
+    sequence = torch.searchsorted(cu_seq_lens_q, index, right=True)
+    ends = torch.cat((cu_seq_lens_k, cu_seq_lens_k.new_zeros(1)))  # tokens past the last sequence see nothing
+    lo, hi = ends[sequence - 1].to(torch.int32), ends[sequence].to(torch.int32)
+    if call.get("bounds") is not None:
+        lo, hi = torch.maximum(lo, call["bounds"][0]), torch.minimum(hi, call["bounds"][1])
+    return lo, hi
