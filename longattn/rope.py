@@ -137,13 +137,8 @@ class Rope:
         _, attention_factor = self.frequencies(length)
 
         turning, passing = x[..., : self.dim].to(compute), x[..., self.dim :]
-        if self.interleaved:
-            first, second = turning[..., 0::2], turning[..., 1::2]
-        else:
-            first, second = turning.chunk(2, dim=-1)
-        turned = (first * cos - second * sin) * attention_factor, (second * cos + first * sin) * attention_factor
-        joined = torch.stack(turned, dim=-1).flatten(-2) if self.interleaved else torch.cat(turned, dim=-1)
-        return torch.cat((joined.to(x.dtype), passing), dim=-1)
+        turned = turn_pairs(turning, cos, sin, self.interleaved) * attention_factor
+        return torch.cat((turned.to(x.dtype), passing), dim=-1)
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments in plain Python values, ready for JSON."""
@@ -215,6 +210,13 @@ class Rope:
         expected = [x.shape[-2]] if positions.dim() != 2 else [x.shape[0], x.shape[-2]]
         if list(positions.shape) != expected:
             raise InvalidInput("positions", f"shape {expected}", list(positions.shape))
+
+
+def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x [..., dim] with pair i turned by the angle of entry i of cos and sin, broadcastable to [..., dim / 2]."""
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
 
 
 # Model types of transformers that turn the pairs (2i, 2i + 1) without a word about it in their configuration.
