@@ -39,7 +39,7 @@ def forward(problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor, dtype:
     """Fill out and lse, as Backend.forward, with sums in `dtype`."""
     out.zero_()
     lse.fill_(-torch.inf)
-    for part in _parts(problem, tensors, dtype):
+    for part in parts(problem, tensors, dtype):
         for tile in part.tiles():
             part.rows_of(out, tile.rows).copy_(tile.drop(tile.weights) @ tile.v)
             part.rows_of(lse, tile.rows).copy_(tile.lse)
@@ -55,7 +55,7 @@ def backward(
 ) -> None:
     """Fill the tensors of `grads`, as Backend.backward."""
     sums = _zeros_for(grads, dtype)
-    for part in _parts(problem, tensors, dtype):
+    for part in parts(problem, tensors, dtype):
         part.add_gradients(sums, dout, dlse)
     _copy(sums, grads)
 
@@ -80,7 +80,7 @@ def double_backward(
     ddout.zero_()
     ddlse.zero_()
     sums = _zeros_for(grads, dtype)
-    for part in _parts(problem, tensors, dtype):
+    for part in parts(problem, tensors, dtype):
         part.add_second_gradients(sums, ddout, ddlse, dout, dlse, tangents)
     _copy(sums, grads)
 
@@ -104,7 +104,7 @@ def rotate(
     return torch.cat((turned, rest), -1)
 
 
-class _Part:
+class Part:
     """Sequences of equal lengths: the whole batch, or one packed sequence. k and v are repeated to Hq heads.
 
     `take_q`, `take_k` and `take_v` are linear in what they read; `add_q`, `add_k` and `add_v` are their transposes.
@@ -167,7 +167,7 @@ class _Part:
         if total is not None:
             total[self.batch, :, self.keys] += self._of_kv_heads(x)
 
-    def rows_of(self, x: Tensor, rows: slice) -> Tensor:
+    def rows_of(self, x: Tensor, rows: slice | Tensor) -> Tensor:
         """A view of the rows of a tensor [B, Hq, Nq, ...]."""
         return x[self.batch, :, self.queries][:, :, rows]
 
@@ -175,17 +175,20 @@ class _Part:
         """The slopes [Hq] that all sequences share, or the rows of this part's out of [B, Hq]."""
         return slopes if slopes.dim() == 1 else slopes[self.first : self.first + self.sequences]
 
-    def tiles(self) -> Iterator[_Tile]:
+    def tiles(self) -> Iterator[Tile]:
         mask = self.problem.mask
-        row_bytes = self.dtype.itemsize * self.sequences * self.problem.q_heads * self.lk
-        height = max(1, _TILE_BYTES // max(1, row_bytes))
+        height, width = self.lq, self.lk
         if mask.left is not None and mask.right is not None:
-            height = min(height, max(_TILE_ROWS, mask.left + mask.right))
+            band = mask.left + mask.right
+            height = min(height, max(_TILE_ROWS, band))
+            width = min(width, mask.sinks + band + height + self.highest - self.lowest)
+        row_bytes = self.dtype.itemsize * self.sequences * self.problem.q_heads * width
+        height = max(1, min(height, _TILE_BYTES // max(1, row_bytes)))
         for start in range(0, self.lq, height):
             rows = slice(start, min(start + height, self.lq))
             seen = mask.kv_range(self.lowest + rows.start, self.highest + rows.stop - 1, self.lk)
             ranges = [slice(0, seen.sinks), slice(seen.start, seen.stop)]
-            yield _Tile(self, rows, [keys for keys in ranges if keys.start < keys.stop] or [slice(0, 0)])
+            yield Tile(self, rows, [keys for keys in ranges if keys.start < keys.stop] or [slice(0, 0)])
 
     def add_gradients(self, sums: Gradients, dout: Tensor, dlse: Tensor | None) -> None:
         dq, dk, dv = torch.zeros_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v)
@@ -197,10 +200,7 @@ class _Part:
             tile.add_to_scores(sums, dscores)
             if sums.sink_logits is not None:
                 sums.sink_logits.sub_((tile.sink * delta).sum((0, 2)))
-            if tile.slope is not None:
-                dscores = dscores * tile.slope
-            dq[:, :, tile.rows] = self.problem.scale * (dscores @ tile.k)
-            tile.add_keys(dk, self.problem.scale * (dscores.mT @ tile.q))
+            tile.add_to_products(dq, dk, dscores)
             tile.add_keys(dv, tile.drop(tile.weights).mT @ dout_rows)
         self.add_q(sums.q, dq)
         self.add_k(sums.k, dk)
@@ -276,10 +276,10 @@ class _Part:
         return table.gather(1, self.positions.clamp(0, self.lk - 1))
 
 
-class _Tile:
+class Tile:
     """Query rows against the ranges of keys that they can see: [B, Hq, rows, keys] or, without keys, [B, Hq, rows]."""
 
-    def __init__(self, part: _Part, rows: slice, ranges: Sequence[slice]) -> None:
+    def __init__(self, part: Part, rows: slice | Tensor, ranges: Sequence[slice]) -> None:
         self.part, self.rows, self.ranges = part, rows, ranges
         problem, tensors = part.problem, part.tensors
         self.q = part.q[:, :, rows]
@@ -315,7 +315,7 @@ class _Tile:
                 allowed = allowed & bias
             else:
                 scores = scores + bias.to(part.dtype)
-        scores = scores.masked_fill(~allowed, -torch.inf)
+        self.scores = scores = scores.masked_fill(~allowed, -torch.inf)
 
         self.lse = torch.logsumexp(scores, -1)
         if not scores.shape[-1]:
@@ -327,6 +327,10 @@ class _Tile:
         self.weights = torch.exp(scores - shift[..., None])
         self.sink = torch.zeros_like(shift) if tensors.sink_logits is None else torch.exp(sinks - shift)  # its weight
         self.keep = self._dropout() if problem.dropout_p else None  # the multiplier of each weight
+
+    def keys(self) -> Tensor:
+        """Which key stands in which column: int64 [keys]."""
+        return _join([torch.arange(keys.start, keys.stop, device=self.part.device) for keys in self.ranges], 0)
 
     def take_keys(self, x: Tensor) -> Tensor:
         """The rows of x [B, H, Lk, D] that stand for keys of the tile."""
@@ -371,6 +375,12 @@ class _Tile:
             total = self.part.slopes_of(sums.alibi_slopes)
             total -= (dscores * self._distance()).sum((2, 3)).sum_to_size(total.shape)
 
+    def add_to_products(self, dq: Tensor, dk: Tensor, dscores: Tensor) -> None:
+        """Fill the tile's rows of dq and add to dk, both [B, Hq, N, D] and those of rotated vectors."""
+        dproducts = self.part.problem.scale * (dscores if self.slope is None else dscores * self.slope)
+        dq[:, :, self.rows] = dproducts @ self.k
+        self.add_keys(dk, dproducts.mT @ self.q)
+
     def _cut(self, bias: Tensor) -> Tensor:
         """The tile's part of a tensor that broadcasts to [B, Hq, Nq, Nk]."""
         rows = bias if bias.shape[2] == 1 else bias[:, :, self.rows]
@@ -384,29 +394,28 @@ class _Tile:
 
     def _distance(self) -> Tensor:
         """|p_i - j|: [B, 1, rows, keys]."""
-        keys = _join([torch.arange(keys.start, keys.stop, device=self.part.device) for keys in self.ranges], 0)
-        return (self.part.positions[:, None, self.rows, None] - keys).abs().to(self.part.dtype)
+        return (self.part.positions[:, None, self.rows, None] - self.keys()).abs().to(self.part.dtype)
 
     def _dropout(self) -> Tensor:
         part, problem, seed = self.part, self.part.problem, self.part.tensors.seed
         assert seed is not None
         b = torch.arange(part.first, part.first + part.sequences, device=part.device)
         h = torch.arange(problem.q_heads, device=part.device)
-        i = torch.arange(self.rows.start, self.rows.stop, device=part.device)
+        i = torch.arange(part.lq, device=part.device)[self.rows]
         bits = _join([uniform_bits(seed, b[:, None, None], h[:, None], i, keys) for keys in self.ranges], 3)
         keep = bits >= round(problem.dropout_p * 2**32)
         return keep.to(part.dtype) / (1.0 - problem.dropout_p)
 
 
-def _parts(problem: Problem, tensors: Tensors, dtype: torch.dtype) -> Iterator[_Part]:
+def parts(problem: Problem, tensors: Tensors, dtype: torch.dtype) -> Iterator[Part]:
     if tensors.cu_seqlens_q is None or tensors.cu_seqlens_k is None:
         if problem.batch and problem.nq:
-            yield _Part(problem, tensors, dtype, slice(None), slice(None), slice(None), 0)
+            yield Part(problem, tensors, dtype, slice(None), slice(None), slice(None), 0)
         return
     cu_q, cu_k = tensors.cu_seqlens_q.tolist(), tensors.cu_seqlens_k.tolist()
     for b in range(problem.batch):
         if cu_q[b + 1] > cu_q[b]:
-            yield _Part(problem, tensors, dtype, slice(None), slice(*cu_q[b : b + 2]), slice(*cu_k[b : b + 2]), b)
+            yield Part(problem, tensors, dtype, slice(None), slice(*cu_q[b : b + 2]), slice(*cu_k[b : b + 2]), b)
 
 
 def _zeros_for(grads: Gradients, dtype: torch.dtype) -> Gradients:
