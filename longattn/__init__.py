@@ -10,6 +10,7 @@ from longattn._version import __version__
 from longattn.errors import InvalidInput, Unsupported
 from longattn.explanation import Explanation
 from longattn.functional import apply_rope, attention, attention_varlen, explain, merge_attention
+from longattn.inspect import AttentionStats, attention_rows, attention_stats
 from longattn.mask import Mask
 from longattn.rope import Rope
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import longattn.nn as nn
 
 __all__ = [
+    "AttentionStats",
     "Explanation",
     "InvalidInput",
     "Mask",
@@ -26,6 +28,8 @@ __all__ = [
     "__version__",
     "apply_rope",
     "attention",
+    "attention_rows",
+    "attention_stats",
     "attention_varlen",
     "explain",
     "merge_attention",

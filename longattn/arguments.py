@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,13 @@ def dense(
         seed=_seed(seed, dropout_p, q.device),
     )
     return tensors, _problem(tensors, mask, batch, scale, softcap, rope, factor, dropout_p, deterministic)
+
+
+def weights(q: Tensor, k: Tensor, **keywords: Any) -> tuple[Tensors, Problem]:
+    """Check a call that asks for weights alone, with the keywords of `dense`: keys take the place of values."""
+    if isinstance(q, Tensor) and q.is_meta:
+        raise InvalidInput("q", "a tensor with data", "a meta tensor")
+    return dense(q, k, k, **keywords, dropout_p=0.0, seed=None, deterministic=False)
 
 
 def packed(
@@ -193,6 +201,35 @@ def parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[list[Tensor],
     return list(outs), list(lses)
 
 
+def query_rows(rows: Sequence[int] | Tensor, nq: int, device: torch.device) -> Tensor:
+    """Check rows [R] of 0..nq - 1, or of -nq..-1 from the end: int64 [R], none negative."""
+    expected = f"ints, or an int tensor [R], of {-nq} to {nq - 1}"
+    if isinstance(rows, Tensor):
+        if rows.dim() != 1 or rows.dtype not in _INTEGERS or not _is_strided(rows):
+            raise InvalidInput("rows", expected, _describe(rows))
+        index = rows.to(device=device, dtype=torch.int64)
+    else:
+        if not isinstance(rows, Sequence) or any(isinstance(row, bool) or not isinstance(row, int) for row in rows):
+            raise InvalidInput("rows", expected, _describe(rows))
+        if any(not -nq <= row < nq for row in rows):  # before any of them meets 64 bits
+            raise InvalidInput("rows", expected, _describe(rows))
+        index = torch.tensor(rows, dtype=torch.int64, device=device)
+    if ((index < -nq) | (index >= nq)).any():
+        raise InvalidInput("rows", expected, f"{index.tolist()}"[:80])
+    return torch.where(index < 0, index + nq, index)
+
+
+def log_sums(lse: Tensor | None, problem: Problem, device: torch.device) -> Tensor | None:
+    """Check the lse of a call, [B, Hq, Nq]; it comes back in the dtype of sums."""
+    lse = _floats("lse", lse, ((problem.batch, problem.q_heads, problem.nq),), device)
+    return None if lse is None else lse.to(problem.accumulate_dtype)
+
+
+def count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InvalidInput(name, "an int >= 0", _describe(value))
+
+
 def flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
         raise InvalidInput(name, "a bool", _describe(value))
@@ -277,10 +314,12 @@ def _qkv(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[str]) -> tuple[Tensor, 
             raise InvalidInput(name, f"dtype {q.dtype} as q", str(x.dtype))
     heads = axes.index("heads")
     q_heads, kv_heads = q.shape[heads], k.shape[heads]
-    if q.shape[-1] < 1 or v.shape[-1] < 1:
-        raise InvalidInput("q" if q.shape[-1] < 1 else "v", "head_dim >= 1", "0")
+    if q.shape[-1] < 1:
+        raise InvalidInput("q", "head_dim >= 1", "0")
     if k.shape[-1] != q.shape[-1]:
         raise InvalidInput("k", f"head_dim {q.shape[-1]} as q", f"shape {tuple(k.shape)}")
+    if v.shape[-1] < 1:
+        raise InvalidInput("v", "head_dim >= 1", "0")
     if v.shape[:-1] != k.shape[:-1]:
         raise InvalidInput("v", f"k's shape {tuple(k.shape)} but for head_dim", f"shape {tuple(v.shape)}")
     if kv_heads < 1 or q_heads % kv_heads:

@@ -234,6 +234,11 @@ def results(
     return found
 
 
+def weights(q: Tensor, k: Tensor, **keywords: Any) -> Tensor:
+    """softmax(scores) without dropout, [B, Hq, Nq, Nk] in float64; differentiable."""
+    return _forward(q.double(), k.double(), k.double(), **keywords).weights
+
+
 class _Terms(NamedTuple):
     """What rounding may add to each entry: errors that may all have one sign, and the squares of independent ones."""
 
