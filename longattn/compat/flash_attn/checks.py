@@ -1,0 +1,69 @@
+"""What flash-attn's arguments must be, in its layouts. What attention itself checks is not checked again."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from longattn.compat.errors import described
+from longattn.errors import InvalidInput
+
+DENSE = ("batch", "seqlen", "nheads", "headdim")
+PACKED = ("tokens", "nheads", "headdim")
+PAGES = ("blocks", "block_size", "nheads", "headdim")
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def check_axes(name: str, x: object, axes: tuple[str | int, ...]) -> None:
+    """A tensor with these axes; those that are numbers have that size."""
+    if (
+        not isinstance(x, Tensor)
+        or x.dim() != len(axes)
+        or any(isinstance(axis, int) and axis != size for axis, size in zip(axes, x.shape, strict=True))
+    ):
+        raise InvalidInput(name, f"a tensor [{', '.join(map(str, axes))}]", described(x))
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
+    """q [..., nheads, headdim], k and v [..., nheads_k, headdim] fit each other."""
+    _, name_k, name_v = names
+    if k.shape[-1] != q.shape[-1]:
+        raise InvalidInput(name_k, f"headdim {q.shape[-1]} as q", described(k))
+    if v.shape[:-1] != k.shape[:-1]:
+        raise InvalidInput(name_v, f"{name_k}'s shape {tuple(k.shape)} but for headdim", described(v))
+    if k.shape[-2] < 1 or q.shape[-2] % k.shape[-2]:
+        raise InvalidInput("q", f"a multiple of {name_k}'s {k.shape[-2]} heads", described(q))
+
+
+def check_indices(name: str, x: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """An int32 or int64 tensor of that shape."""
+    if not isinstance(x, Tensor) or x.dtype not in _INTEGERS or tuple(x.shape) != shape or x.device != device:
+        got = f"{x.dtype} of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else described(x)
+        raise InvalidInput(name, f"an int32 tensor {list(shape)} on {device}", got)
+    return x
+
+
+def check_contents(name: str, x: Tensor, low: int, high: int, what: str) -> None:
+    """Every entry lies in low..high. Tensors on a GPU are not read: that would wait for it."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
+        return
+    smallest, largest = (int(extreme) for extreme in torch.aminmax(x))
+    if smallest < low or largest > high:
+        raise InvalidInput(name, f"entries of {low}..{high} ({what})", f"{smallest}..{largest}")
+
+
+def window_sides(window_size: Iterable[int]) -> tuple[int, int]:
+    """(left, right) from any pair of ints, a tensor's too; every negative number is -1, unbounded."""
+    try:
+        left, right = (operator.index(side) for side in window_size)
+    except (TypeError, ValueError):
+        raise InvalidInput("window_size", "a pair of ints (left, right), -1 = unbounded", repr(window_size)) from None
+    return max(left, -1), max(right, -1)
+
+
+def softcap_or_none(softcap: float) -> float | None:
+    """Numbers up to 0 mean no softcap."""
+    return None if isinstance(softcap, (int, float)) and softcap <= 0 else softcap

@@ -1,0 +1,227 @@
+"""flash_attn.layers.rotary: rotation by given tables of cosines and sines, out of place and in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from longattn.compat.errors import described
+from longattn.compat.flash_attn.checks import DENSE, PACKED, check_axes, check_contents, check_indices
+from longattn.compat.flash_attn.packing import token_places
+from longattn.errors import InvalidInput
+from longattn.rope import turn_pairs
+
+Offsets = int | Tensor
+
+
+def apply_rotary_emb(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    inplace: bool = False,
+    seqlen_offsets: Offsets = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """x with the first rotary_dim entries of its heads rotated: token i of a sequence by row i + seqlen_offsets.
+
+    Differentiable in x (and out of place in cos and sin); computed in float32 at least.
+
+    Args:
+        x: [batch, seqlen, nheads, headdim], or with cu_seqlens [tokens, nheads, headdim].
+        cos, sin: [seqlen_rotary, rotary_dim / 2].
+        interleaved: pairs are entries (2i, 2i + 1) in place of (i, i + rotary_dim / 2).
+        inplace: overwrite x. Use the result: a leaf that requires grad is overwritten, but gradients flow through the
+            result alone.
+        seqlen_offsets: an int, or an int32 tensor [batch].
+        cu_seqlens: int32 [batch + 1], where packed sequences start and end. Tokens outside all pass through.
+        max_seqlen: of a packed sequence; needed with cu_seqlens.
+
+    Raises:
+        InvalidInput: an argument that does not fit, or a token past the end of the tables.
+    """
+    _check_tables(cos, sin, x)
+    if cu_seqlens is None:
+        check_axes("x", x, DENSE)
+        at_cos, at_sin = dense_tables(cos, sin, seqlen_offsets, *x.shape[:2])
+    else:
+        check_axes("x", x, PACKED)
+        at_cos, at_sin = _packed_tables(cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, x.shape[0])
+    _check_width("cos", at_cos, x)
+    if not inplace:
+        return rotated(x, at_cos, at_sin, interleaved)
+    return _in_place(x, lambda x: _rotate_(x, at_cos, at_sin, interleaved))
+
+
+def apply_rotary_emb_qkv_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cos_k: Tensor | None = None,
+    sin_k: Tensor | None = None,
+    interleaved: bool = False,
+    seqlen_offsets: Offsets = 0,
+    num_heads_q: int | None = None,
+) -> Tensor:
+    """Rotate the queries and keys of qkv in place, as `apply_rotary_emb`.
+
+    Args:
+        qkv: [batch, seqlen, 3, nheads, headdim], or [batch, seqlen, nheads_q + 2 * nheads_k, headdim] beside
+            num_heads_q.
+        cos, sin: [seqlen_rotary, rotary_dim / 2]; cos_k, sin_k: other tables for the keys.
+
+    Returns:
+        qkv.
+
+    Raises:
+        InvalidInput: as `apply_rotary_emb`.
+    """
+    if isinstance(qkv, Tensor) and qkv.dim() == 5:
+        check_axes("qkv", qkv, ("batch", "seqlen", 3, "nheads", "headdim"))
+    else:
+        check_axes("qkv", qkv, DENSE)
+    if (cos_k is None) != (sin_k is None):
+        raise InvalidInput("sin_k" if sin_k is None else "cos_k", "both cos_k and sin_k, or neither", None)
+    _check_tables(cos, sin, qkv)
+    for_q = for_k = dense_tables(cos, sin, seqlen_offsets, *qkv.shape[:2])
+    if cos_k is not None and sin_k is not None:
+        _check_tables(cos_k, sin_k, qkv, "_k")
+        for_k = dense_tables(cos_k, sin_k, seqlen_offsets, *qkv.shape[:2])
+    _check_width("cos", for_q[0], qkv)
+    _check_width("cos_k", for_k[0], qkv)
+
+    def rotate(qkv: Tensor) -> None:
+        q, k = _queries_and_keys(qkv, num_heads_q)
+        _rotate_(q, *for_q, interleaved)
+        _rotate_(k, *for_k, interleaved)
+
+    return _in_place(qkv, rotate)
+
+
+def apply_rotary_emb_kv_(
+    kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: Offsets = 0
+) -> Tensor:
+    """Rotate the keys of kv [batch, seqlen, 2, nheads, headdim] in place, as `apply_rotary_emb`; return kv.
+
+    Raises:
+        InvalidInput: as `apply_rotary_emb`.
+    """
+    check_axes("kv", kv, ("batch", "seqlen", 2, "nheads", "headdim"))
+    _check_tables(cos, sin, kv)
+    at_cos, at_sin = dense_tables(cos, sin, seqlen_offsets, *kv.shape[:2])
+    _check_width("cos", at_cos, kv)
+    return _in_place(kv, lambda kv: _rotate_(kv[:, :, 0], at_cos, at_sin, interleaved))
+
+
+apply_rotary_emb_func = apply_rotary_emb
+
+
+def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """The plain formula: x [batch, seqlen, nheads, headdim], cos and sin [(batch,) seqlen, rotary_dim / 2]."""
+    _check_width("cos", cos, x)
+    return rotated(x, cos[..., None, :], sin[..., None, :], interleaved)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x [..., nheads, headdim], its first entries turned by tables [..., 1, rotary_dim / 2]."""
+    width = 2 * cos.shape[-1]
+    return torch.cat((_turned(x[..., :width], cos, sin, interleaved), x[..., width:]), -1)
+
+
+def dense_tables(cos: Tensor, sin: Tensor, offsets: Offsets, batch: int, seqlen: int) -> tuple[Tensor, Tensor]:
+    """The rows of `seqlen` tokens from `offsets` on: [1 or batch, seqlen, 1, rotary_dim / 2]."""
+    if isinstance(offsets, Tensor):
+        _check_offsets(offsets, batch, cos, seqlen)
+        rows = offsets[:, None] + torch.arange(seqlen, device=cos.device)
+        return cos[rows][:, :, None], sin[rows][:, :, None]
+    _check_offset(offsets, cos, seqlen)
+    return cos[None, offsets : offsets + seqlen, None], sin[None, offsets : offsets + seqlen, None]
+
+
+def _packed_tables(
+    cos: Tensor, sin: Tensor, offsets: Offsets, cu_seqlens: Tensor, max_seqlen: int | None, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """The rows of packed tokens: [tokens, 1, rotary_dim / 2]."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise InvalidInput("cu_seqlens", "an int32 tensor [batch + 1]", described(cu_seqlens))
+    check_indices("cu_seqlens", cu_seqlens, tuple(cu_seqlens.shape), cos.device)
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)) or max_seqlen < 0:
+        raise InvalidInput("max_seqlen", "an int >= 0 beside cu_seqlens", described(max_seqlen))
+    check_contents("cu_seqlens", cu_seqlens, 0, tokens, "the tokens")
+    check_contents("cu_seqlens", cu_seqlens.diff(), 0, max_seqlen, "lengths up to max_seqlen")
+    sequence, place, inside = token_places(cu_seqlens, tokens)
+    if isinstance(offsets, Tensor):
+        _check_offsets(offsets, cu_seqlens.shape[0] - 1, cos, max_seqlen)
+        place = place + offsets[sequence] if offsets.numel() else place
+    else:
+        _check_offset(offsets, cos, max_seqlen)
+        place = place + offsets
+    inside = inside[:, None, None]
+    rows = place.clamp(0, max(cos.shape[0] - 1, 0))
+    return torch.where(inside, cos[rows][:, None], 1.0), torch.where(inside, sin[rows][:, None], 0.0)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    return turn_pairs(x.to(compute), cos.to(compute), sin.to(compute), interleaved).to(x.dtype)
+
+
+def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    turning = x[..., : 2 * cos.shape[-1]]
+    turning.copy_(_turned(turning, cos, sin, interleaved))
+
+
+def _in_place(x: Tensor, rotate_: Callable[[Tensor], None]) -> Tensor:
+    """x after rotate_(x), to be used in its place. Autograd forbids that to a leaf: there a copy carries the graph."""
+    if not (torch.is_grad_enabled() and x.requires_grad and x.is_leaf):
+        rotate_(x)
+        return x
+    copy = x.clone()
+    rotate_(copy)
+    x.detach().copy_(copy.detach())
+    return copy
+
+
+def _queries_and_keys(qkv: Tensor, heads_q: int | None) -> tuple[Tensor, Tensor]:
+    """Views of qkv [.., 3, nheads, headdim] or [.., heads_q + 2 * heads_k, headdim]."""
+    if qkv.dim() == 5:
+        return qkv[:, :, 0], qkv[:, :, 1]
+    heads = qkv.shape[2]
+    if isinstance(heads_q, bool) or not isinstance(heads_q, int) or not 0 < heads_q < heads or (heads - heads_q) % 2:
+        raise InvalidInput("num_heads_q", f"the query heads among {heads}, the rest keys and values", heads_q)
+    heads_k = (heads - heads_q) // 2
+    return qkv[:, :, :heads_q], qkv[:, :, heads_q : heads_q + heads_k]
+
+
+def _check_tables(cos: Tensor, sin: Tensor, x: Tensor, suffix: str = "") -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise InvalidInput("x", "a floating tensor", described(x))
+    check_axes(f"cos{suffix}", cos, ("seqlen_rotary", "rotary_dim / 2"))
+    check_axes(f"sin{suffix}", sin, tuple(cos.shape))
+    for name, table in (("cos", cos), ("sin", sin)):
+        if not table.is_floating_point() or table.device != x.device:
+            raise InvalidInput(
+                f"{name}{suffix}", f"a floating tensor on {x.device}", f"{table.dtype} on {table.device}"
+            )
+
+
+def _check_width(name: str, table: Tensor, x: Tensor) -> None:
+    if 2 * table.shape[-1] > x.shape[-1]:
+        raise InvalidInput(name, f"rotary_dim / 2 <= headdim / 2 = {x.shape[-1] / 2:g}", f"{table.shape[-1]}")
+
+
+def _check_offset(offset: int, cos: Tensor, seqlen: int) -> None:
+    rows = cos.shape[0]
+    if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)) or not 0 <= offset <= rows - seqlen:
+        raise InvalidInput(
+            "seqlen_offsets", f"0..{rows - seqlen}, as cos has {rows} rows for {seqlen} tokens", described(offset)
+        )
+
+
+def _check_offsets(offsets: Tensor, batch: int, cos: Tensor, seqlen: int) -> None:
+    check_indices("seqlen_offsets", offsets, (batch,), cos.device)
+    rows = cos.shape[0]
+    check_contents("seqlen_offsets", offsets, 0, rows - seqlen, f"cos has {rows} rows for {seqlen} tokens")
