@@ -15,6 +15,7 @@ from longattn.mask import Mask
 from longattn.rope import Rope
 
 if TYPE_CHECKING:
+    import longattn.compat as compat
     import longattn.models as models
     import longattn.nn as nn
 
@@ -31,6 +32,7 @@ __all__ = [
     "attention_rows",
     "attention_stats",
     "attention_varlen",
+    "compat",
     "explain",
     "merge_attention",
     "models",
@@ -38,7 +40,7 @@ __all__ = [
     "scaling",
 ]
 
-_SUBPACKAGES = ("models", "nn")
+_SUBPACKAGES = ("compat", "models", "nn")
 
 
 def __getattr__(name: str) -> Any:
