@@ -1,5 +1,7 @@
 """Builds ``longattn._C``, the CPU kernels, with a C++17 compiler and pybind11 alone: torch is not needed.
 
+``setup.py build_check`` builds tests/native/check.cpp instead, a program that runs the kernels without Python.
+
 Each file of csrc/cpu/targets is one instruction set and is compiled with the flags of that set; no other object sees
 them, and the library picks among the sets at run time. With ninja only what changed is rebuilt; without it everything
 is compiled, a few files at a time.
@@ -19,22 +21,23 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
+CHECK = Path("tests/native/check.cpp")
 
 # Machine -> instruction sets, each with the flags that its one file in csrc/cpu/targets is compiled with.
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -61,6 +64,9 @@ COMMON = (
 
 # Kernels throw nothing: the tables of the exceptions' runtime would be symbols shared between instruction sets.
 KERNELS = ("-fno-exceptions",)
+
+# Links a library that Python loads, not a program.
+EXTENSION = ("-bundle", "-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-shared",)
 
 
 class NativeBuildError(Exception):
@@ -115,6 +121,11 @@ class Toolchain:
             kind.append("-Werror")
         return cls(cxx, version, mode, [*COMMON, *kind, *shlex.split(os.environ.get("CXXFLAGS", ""))])
 
+    def machine(self) -> str:
+        """The machine that it compiles for, by Linux's names."""
+        name = run([*self.cxx, "-dumpmachine"]).partition("-")[0].strip().lower()
+        return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
     def accepts(self, flags: tuple[str, ...]) -> bool:
         probe = [*self.cxx, *flags, "-Werror", "-x", "c++", "-fsyntax-only", os.devnull]
         return subprocess.run(probe, capture_output=True).returncode == 0
@@ -122,10 +133,9 @@ class Toolchain:
     def compile(self, source: Path, extra: list[str], obj: Path) -> list[str]:
         return [*self.cxx, *self.flags, *extra, "-MD", "-MF", f"{obj}.d", "-c", str(source), "-o", str(obj)]
 
-    def link(self, objects: list[Path], library: Path) -> list[str]:
-        kind = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    def link(self, objects: list[Path], extra: Sequence[str], output: Path) -> list[str]:
         tail = shlex.split(os.environ.get("LDFLAGS", ""))
-        return [*self.cxx, *self.flags, *kind, *map(str, objects), "-o", str(library), *tail]
+        return [*self.cxx, *self.flags, *extra, *map(str, objects), "-o", str(output), *tail]
 
 
 @dataclass(frozen=True)
@@ -171,6 +181,37 @@ def ninja_file(steps: list[Step], directory: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def targets_of(tools: Toolchain) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """The instruction sets to build with their flags, and those that the compiler does not know."""
+    wanted = TARGETS.get(tools.machine(), PORTABLE)
+    targets = {name: flags for name, flags in wanted.items() if tools.accepts(flags)}
+    return targets, [name for name in wanted if name not in targets]
+
+
+def steps_of(
+    tools: Toolchain,
+    targets: dict[str, tuple[str, ...]],
+    entry: Path,
+    output: Path,
+    entry_flags: Sequence[str] = (),
+    link_flags: Sequence[str] = (),
+) -> list[Step]:
+    """What builds `output`, its objects beside it, from the core and `entry`, the source that uses the core."""
+    include = [f"-I{CSRC / 'include'}", f"-I{CSRC}"]
+    have = [f"-DLONGATTN_HAVE_{name.upper()}=1" for name in targets]
+    sources = [
+        (entry, entry_flags),
+        *((source, have) for source in sorted((CSRC / "cpu").glob("*.cpp"))),
+        *((CSRC / "cpu" / "targets" / f"{name}.cpp", [*KERNELS, *flags]) for name, flags in targets.items()),
+    ]
+    steps = []
+    for source, flags in sources:
+        obj = output.parent / source.with_suffix(".o")
+        steps.append(Step("compile", [source], obj, tools.compile(source, [*include, *flags], obj)))
+    objects = [step.output for step in steps]
+    return [*steps, Step("link", objects, output, tools.link(objects, link_flags, output))]
+
+
 class BuildNative(build_ext):
     """Builds the extension and the record of how that went."""
 
@@ -194,42 +235,46 @@ class BuildNative(build_ext):
         (library.parent / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def build_native(self, library: Path, record: dict[str, object]) -> None:
+        import pybind11
+
         tools = Toolchain.find()
         record.update(compiler=tools.version, mode=tools.mode)
+        targets, dropped = targets_of(tools)
+        record.update(dropped=dropped)
 
-        machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
-        wanted = TARGETS.get(machine, PORTABLE)
-        targets = {name: flags for name, flags in wanted.items() if tools.accepts(flags)}
-        record.update(dropped=[name for name in wanted if name not in targets])
-
-        steps = self.steps(tools, targets)
-        carry_out(steps, Path(self.build_temp))
+        python = [f"-isystem{path}" for path in (pybind11.get_include(), *self.include_dirs)]
+        linked = Path(self.build_temp) / "_C.so"
+        carry_out(steps_of(tools, targets, CSRC / "bindings.cpp", linked, python, EXTENSION), linked.parent)
         # Replaced, never written through: a process may have the old one mapped.
-        shutil.copy2(steps[-1].output, f"{library}.new")
+        shutil.copy2(linked, f"{library}.new")
         os.replace(f"{library}.new", library)
         record.update(targets=list(targets))
 
-    def steps(self, tools: Toolchain, targets: dict[str, tuple[str, ...]]) -> list[Step]:
-        import pybind11
 
-        include = [f"-I{CSRC / 'include'}", f"-I{CSRC}"]
-        python = [f"-isystem{path}" for path in (pybind11.get_include(), *self.include_dirs)]
-        have = [f"-DLONGATTN_HAVE_{name.upper()}=1" for name in targets]
-        sources = [
-            (CSRC / "bindings.cpp", [*include, *python]),
-            *((source, [*include, *have]) for source in sorted((CSRC / "cpu").glob("*.cpp"))),
-            *(
-                (CSRC / "cpu" / "targets" / f"{name}.cpp", [*include, *KERNELS, *flags])
-                for name, flags in targets.items()
-            ),
-        ]
-        build = Path(self.build_temp)
-        steps = []
-        for source, extra in sources:
-            obj = build / source.with_suffix(".o")
-            steps.append(Step("compile", [source], obj, tools.compile(source, extra, obj)))
-        objects, library = [step.output for step in steps], build / "_C.so"
-        return [*steps, Step("link", objects, library, tools.link(objects, library))]
+class BuildCheck(Command):
+    """Builds the stand-alone check of the core, for the machine that the compiler compiles for."""
+
+    description = "build the check of the C++ core that needs no Python: BUILD_TEMP/check"
+    user_options = [("build-temp=", "t", "folder of the objects and the program; as for build_ext, whose it shares")]
+
+    def initialize_options(self) -> None:
+        self.build_temp: str | None = None
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build_ext", ("build_temp", "build_temp"))
+
+    def run(self) -> None:
+        assert self.build_temp is not None
+        program = Path(self.build_temp) / "check"
+        try:
+            tools = Toolchain.find()
+            targets, _ = targets_of(tools)
+            carry_out(steps_of(tools, targets, CHECK, program), program.parent)
+        except NativeBuildError as error:
+            raise CompileError(f"the check of the core was not built: {error}") from error
 
 
-setup(ext_modules=[Extension("longattn._C", sources=[])], cmdclass={"build_ext": BuildNative})
+setup(
+    ext_modules=[Extension("longattn._C", sources=[])],
+    cmdclass={"build_ext": BuildNative, "build_check": BuildCheck},
+)
