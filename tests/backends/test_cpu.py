@@ -37,11 +37,6 @@ def in_a_process(*command: str, **variables: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("isa", [] if MISSING else cpu.native().isas())
-def test_every_instruction_set(isa: str) -> None:
-    in_a_process(str(HERE / "compact.py"), isa, LONGATTN_CPU_ISA=isa)
-
-
 def test_the_widest_instruction_set_is_taken() -> None:
     assert cpu.native().isa() == os.environ.get("LONGATTN_CPU_ISA", cpu.native().isas()[0])
 
