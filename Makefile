@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PINS := $(wildcard requirements/*.txt)
-NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+NATIVE_SOURCES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
 # Here the kernels are the point: an install without them is a failure.
 export LONGATTN_REQUIRE_NATIVE := 1
@@ -13,7 +13,7 @@ export LONGATTN_REQUIRE_NATIVE := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench sanitize build clean
+.PHONY: help demo test lint bench sanitize neon neon-tools build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,11 +41,33 @@ sanitize: export LONGATTN_SANITIZE := address,undefined
 sanitize: export CXX := g++
 sanitize: $(VENV)/test.stamp ## run the tests of the C++ core under ASan and UBSan (needs g++)
 	rm -rf $(SANITIZED)
-	$(PY) setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
+	$(PY) setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED) build_check
+	UBSAN_OPTIONS=print_stacktrace=1 build/sanitize/temp.*/check
 	cd $(SANITIZED) && env \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
 	  $(CURDIR)/$(PY) -m pytest $(CURDIR)/tests -c $(CURDIR)/pyproject.toml -q -m native --capture=sys
+
+# The core compiled for aarch64 and run on an emulated processor, without Python.
+NEON := build/neon
+CROSS := aarch64-linux-gnu-
+QEMU = $(shell command -v qemu-aarch64-static || command -v qemu-aarch64)
+NEON_PACKAGES := g++-aarch64-linux-gnu qemu-user-static
+SUDO = $(if $(filter-out 0,$(shell id -u)),sudo)
+APT = $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get --quiet --yes --option Acquire::Retries=3
+neon: export CXX := $(CROSS)g++
+neon: export LDFLAGS := -static
+neon: $(VENV)/build.stamp ## check the C++ core on an emulated aarch64 processor
+	@{ command -v $(CXX) && test "$(QEMU)"; } >/dev/null || \
+	  { echo "make neon needs $(CXX) and qemu-aarch64; on Debian and its like, make neon-tools installs them"; exit 1; }
+	$(PY) setup.py --quiet build_check --build-temp $(NEON)
+	@$(CROSS)objdump -d $(NEON)/csrc/cpu/targets/neon.o | grep -q 'fmla.*\.4s' || \
+	  { echo "neon.o holds no fused multiply-add of four numbers"; exit 1; }
+	$(QEMU) $(NEON)/check
+
+neon-tools:
+	$(APT) update
+	$(APT) install --no-install-recommends $(NEON_PACKAGES)
 
 build: $(VENV)/build.stamp ## compile what changed of the extension, in place
 	$(PY) setup.py --quiet build_ext --inplace
