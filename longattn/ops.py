@@ -1,17 +1,21 @@
 """The PyTorch operators: schemas, fakes, autograd. One op per public computation, of fixed arity.
 
 `attention` carries the fields of Tensors and then the scalars of a Problem, flat, as schemas demand; the backend
-chosen above travels by name, and the backward runs on it again.
+chosen above travels by name, and the backward runs on it again. The second derivative is one for all backends.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
-from longattn.backends import registry
+from longattn import batching
+from longattn.backends import eager, registry
 from longattn.backends.base import Gradients
 from longattn.errors import Unsupported
 from longattn.mask import Mask
@@ -26,6 +30,7 @@ _SCALARS = (
 _DIFFERENTIABLE = Gradients._fields  # arguments of `attention` that have gradients, by name
 _DIFFERENTIABLE_AT = tuple(Tensors._fields.index(name) for name in _DIFFERENTIABLE)
 _NUM_TENSORS = len(Tensors._fields)
+_NUM_SCALARS = _SCALARS.count(",") + 1
 
 _library = torch.library.Library("longattn", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -33,6 +38,12 @@ _library.define(f"attention({_TENSORS}, {_SCALARS}) -> (Tensor out, Tensor lse)"
 _library.define(
     f"attention_backward({_TENSORS}, {_SCALARS}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, bool[] wanted) "
     f"-> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})",
+    tags=_TAGS,
+)
+_library.define(
+    f"attention_double_backward({_TENSORS}, {_SCALARS}, Tensor dout, Tensor? dlse, "
+    f"{', '.join(f'Tensor? {name}_tangent' for name in _DIFFERENTIABLE)}, bool[] wanted) "
+    f"-> ({', '.join(['Tensor'] * (len(_DIFFERENTIABLE) + 2))})",
     tags=_TAGS,
 )
 _library.define(
@@ -135,7 +146,7 @@ def _empty_gradients(tensors: Tensors, wanted: list[bool]) -> Gradients:
     return Gradients(*empty)
 
 
-def _fixed_arity(grads: Gradients, like: Tensor) -> tuple[Tensor, ...]:
+def _fixed_arity(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """Operators return tensors only: an absent gradient is an empty one."""
     return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -168,11 +179,33 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     return _fixed_arity(_empty_gradients(tensors, args[-1]), tensors.q)
 
 
+def _double_backward_impl(*args: Any) -> tuple[Tensor, ...]:
+    call, (dout, dlse, *tangents, wanted) = args[: -len(_DIFFERENTIABLE) - 3], args[-len(_DIFFERENTIABLE) - 3 :]
+    tensors, problem, _ = _unflatten(call)
+    grads = _empty_gradients(tensors, wanted[:-2])
+    ddout, ddlse = _empty_results(tensors)
+    dtype = problem.accumulate_dtype
+    with torch.autocast(problem.device, enabled=False):
+        eager.double_backward(problem, tensors, dout, dlse, Gradients(*tangents), grads, ddout, ddlse, dtype)
+    return _fixed_arity((*grads, ddout, ddlse), tensors.q)
+
+
+def _double_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    tensors = Tensors(*args[:_NUM_TENSORS])
+    grads = _empty_gradients(tensors, args[-1][:-2])
+    return _fixed_arity((*grads, *_empty_results(tensors)), tensors.q)
+
+
+def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
+    """The operator one level down: the kernel, or an outer derivative of torch.func, which reads the grad mode."""
+    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
+        return op(*args)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.longattn.attention.default(*args)
+        out, lse = _below_autograd(torch.ops.longattn.attention.default, args)
         ctx.save_for_backward(*args[:_NUM_TENSORS], out, lse)
         ctx.scalars = args[_NUM_TENSORS:]
         ctx.set_materialize_grads(False)
@@ -195,16 +228,43 @@ class _Attention(torch.autograd.Function):
 
 
 class _AttentionBackward(torch.autograd.Function):
-    """Gradients that can be computed, but not differentiated again."""
+    """A function of the inputs, dout and dlse: what it reads of out and lse follows from the inputs."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.longattn.attention_backward.default(*args)
+        grads = _below_autograd(torch.ops.longattn.attention_backward.default, args)
+        *call, _, _, dout, dlse, _ = args
+        ctx.save_for_backward(*call[:_NUM_TENSORS], dout, dlse)
+        ctx.scalars = call[_NUM_TENSORS:]
+        ctx.set_materialize_grads(False)
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if all(tangent is None for tangent in tangents):
+            return tuple(result)
+        places = (*_DIFFERENTIABLE_AT, len(result) - 3, len(result) - 2)  # dout and dlse stand before the last
+        wanted = [ctx.needs_input_grad[at] for at in places]
+        *tensors, dout, dlse = ctx.saved_tensors
+        call = (*tensors, *ctx.scalars, dout, dlse, *tangents, wanted)
+        grads = torch.ops.longattn.attention_double_backward.default(*call)
+        for at, flag, grad in zip(places, wanted, grads, strict=True):
+            if flag:
+                result[at] = grad
+        return tuple(result)
+
+
+class _AttentionDoubleBackward(torch.autograd.Function):
+    """Second derivatives that can be computed, but not differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        return _below_autograd(torch.ops.longattn.attention_double_backward.default, args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise Unsupported("second derivative of attention", {"every backend": ["double backward is not implemented"]})
+        raise Unsupported("third derivative of attention", {"every backend": ["derivatives end with the second"]})
 
 
 class _Rope(torch.autograd.Function):
@@ -212,8 +272,7 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            out = torch.ops.longattn.rope.default(*args)
+        out = _below_autograd(torch.ops.longattn.rope.default, args)
         _, *ctx.constants = args
         return out
 
@@ -224,16 +283,71 @@ class _Rope(torch.autograd.Function):
         return dx, None, None, None, None, None, None
 
 
-def _autograd(function: type[torch.autograd.Function], op: Any) -> Any:
+def _autograd(function: type[torch.autograd.Function], op: Any) -> Callable[..., Any]:
     """The kernel at the Autograd key: through `function` where a gradient may be asked for, straight down otherwise."""
+    # What PyTorch's own operators do: one level of derivatives. Function.apply would look for all levels at once.
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def kernel(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, args)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            return function.apply(*args)
+            if torch._C._are_functorch_transforms_active():
+                with enable_single_level_autograd_function():
+                    return apply(*args)
+            return apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
     return kernel
+
+
+def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:
+    for x in args:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise Unsupported(f"forward-mode derivative of {op}", {"every backend": ["derivatives are reverse-mode"]})
+
+
+def _vmap(op: Any, inputs: Sequence[str], results: Sequence[str]) -> Callable[..., Any]:
+    """The rule of torch.vmap for an operator on the tensors and scalars of a call, and then on `inputs`.
+
+    Names that are also of Tensors have its shapes; all others lead with the sequences.
+    """
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        samples = batching.Samples(info.batch_size, Tensors(*args[:_NUM_TENSORS]), Tensors(*in_dims[:_NUM_TENSORS]))
+        scalars, rest = args[_NUM_TENSORS : _NUM_TENSORS + _NUM_SCALARS], args[_NUM_TENSORS + _NUM_SCALARS :]
+        wanted = rest[len(inputs) :]  # flags of the results, where they can be chosen
+        flags = wanted[0] if wanted else [True] * len(results)
+        own = {name for name, flag in zip(results, flags, strict=True) if flag}
+        own |= {name for name, x in zip(inputs, rest, strict=False) if x is not None}
+        tensors = samples.folded(own)
+        if tensors is None:
+            return batching.one_by_one(op, info.batch_size, in_dims, args), (0,) * len(results)
+        folded = [
+            None if x is None else samples.fold(name, x, dim)
+            for name, x, dim in zip(inputs, rest, in_dims[_NUM_TENSORS + _NUM_SCALARS :], strict=False)
+        ]
+        found = op(*tensors, *scalars, *folded, *wanted)
+        unfolded = [
+            samples.unfold(*pair) if flag else pair[1] for *pair, flag in zip(results, found, flags, strict=True)
+        ]
+        return tuple(unfolded), tuple([0 if flag else None for flag in flags])
+
+    return rule
+
+
+def _rope_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+    op, size = torch.ops.longattn.rope.default, info.batch_size
+    (x, inv_freq, positions, *rest), (x_dim, inv_freq_dim, positions_dim, *_) = args, in_dims
+    if inv_freq_dim is not None:
+        return batching.one_by_one(op, size, in_dims, args)[0], 0
+    batch = (x if x_dim is None else x.movedim(x_dim, 0)[0]).shape[0]
+    by_sequence = positions.dim() - (positions_dim is not None) == 2
+    if by_sequence or positions_dim is not None:
+        positions = batching.fold(positions, positions_dim, size, batch, by_sequence)
+    out = op(batching.fold(x, x_dim, size, batch), inv_freq, positions, *rest)
+    return out.unflatten(0, (size, batch)), 0
 
 
 def _rope_impl(
@@ -253,8 +367,25 @@ def _rope_fake(x: Tensor, *_: Any) -> Tensor:
 for _name, _impl, _fake, _function in (
     ("attention", _attention_impl, _attention_fake, _Attention),
     ("attention_backward", _backward_impl, _backward_fake, _AttentionBackward),
+    ("attention_double_backward", _double_backward_impl, _double_backward_fake, _AttentionDoubleBackward),
     ("rope", _rope_impl, _rope_fake, _Rope),
 ):
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"longattn::{_name}", _fake, lib=_library)
     _library.impl(_name, _autograd(_function, getattr(torch.ops.longattn, _name).default), "Autograd")
+
+_ops = torch.ops.longattn
+for _name, _rule in (
+    ("attention", _vmap(_ops.attention.default, (), ("out", "lse"))),
+    ("attention_backward", _vmap(_ops.attention_backward.default, ("out", "lse", "dout", "dlse"), _DIFFERENTIABLE)),
+    (
+        "attention_double_backward",
+        _vmap(
+            _ops.attention_double_backward.default,
+            ("dout", "dlse", *_DIFFERENTIABLE),
+            (*_DIFFERENTIABLE, "dout", "dlse"),
+        ),
+    ),
+    ("rope", _rope_vmap),
+):
+    torch.library.register_vmap(f"longattn::{_name}", _rule, lib=_library)

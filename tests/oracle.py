@@ -239,6 +239,31 @@ def weights(q: Tensor, k: Tensor, **keywords: Any) -> Tensor:
     return _forward(q.double(), k.double(), k.double(), **keywords).weights
 
 
+def second_derivatives(
+    inputs: Results,
+    dout: Tensor,
+    dlse: Tensor,
+    tangents: Results,
+    *,
+    dtype: torch.dtype = torch.float64,
+    **keywords: Any,
+) -> Results:
+    """The gradients of <tangents, gradients> by the names of `inputs`, "dout" and "dlse"; all computed in `dtype`.
+
+    The gradients are those of `results` for `inputs`: q, k, v and PARAMETERS. Every query must see a key.
+    """
+    leaves = {
+        name: x.detach().to(dtype).requires_grad_() for name, x in (inputs | {"dout": dout, "dlse": dlse}).items()
+    }
+    named = {name: leaves[name] for name in inputs}
+    forward = _forward(**named, **keywords)
+    outputs, cotangents = (forward.out, forward.lse), (leaves["dout"], leaves["dlse"].to(forward.lse.dtype))
+    grads = torch.autograd.grad(outputs, tuple(named.values()), cotangents, create_graph=True, materialize_grads=True)
+    along = sum((grad * tangents[name].to(dtype)).sum() for name, grad in zip(named, grads, strict=True))
+    found = torch.autograd.grad(along, tuple(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
+
+
 class _Terms(NamedTuple):
     """What rounding may add to each entry: errors that may all have one sign, and the squares of independent ones."""
 

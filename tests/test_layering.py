@@ -25,7 +25,7 @@ LAYERS = (
     ("functional", "inspect"),
     ("arguments", "explanation"),
     ("ops",),
-    ("backends.registry",),
+    ("backends.registry", "batching"),
     ("backends.cpu", "backends.reference"),
     ("backends.eager",),
     ("backends.base", "backends.angles", "backends.philox"),

@@ -13,6 +13,7 @@ import longattn
 from helpers import backend_names, laid_out, memory_order, random_packed, random_qkv, require
 from longattn import Rope, arguments, ops
 from longattn.backends import registry
+from longattn.backends.base import Gradients
 from longattn.problem import Problem, Tensors
 
 DEFAULTS = {
@@ -106,6 +107,21 @@ def test_opcheck_attention_backward(call: str, wanted: str) -> None:
     }[wanted]
     torch.library.opcheck(
         torch.ops.longattn.attention_backward.default, (*args, out, lse, torch.randn_like(out), dlse, flags)
+    )
+
+
+@pytest.mark.parametrize("call", ["window, sinks", "key_mask, bounds", "parameters", "softcap, dropout"])
+def test_opcheck_attention_double_backward(call: str) -> None:
+    args = sample(call, "cpu")
+    parameters = [CALLS[call].get(name) is not None for name in ("bias", "alibi_slopes", "sink_logits")]
+    out, lse = torch.ops.longattn.attention.default(*args)
+    tensors = dict(zip(Tensors._fields, args, strict=False))
+    given = dict(zip(Gradients._fields, (True, False, True, *parameters), strict=True))
+    tangents = [torch.randn_like(tensors[name]) if flag else None for name, flag in given.items()]
+    flags = [True, False, True, *parameters, True, True]
+    torch.library.opcheck(
+        torch.ops.longattn.attention_double_backward.default,
+        (*args, torch.randn_like(out), torch.randn_like(lse), *tangents, flags),
     )
 
 
@@ -206,5 +222,6 @@ def test_a_subclass_of_parameter_kind(backend: str) -> None:
 def test_what_is_registered() -> None:
     """One operator per public computation, and no other."""
     defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("longattn::")}
-    assert defined == {"longattn::attention", "longattn::attention_backward", "longattn::rope"}
+    attention = {"attention", "attention_backward", "attention_double_backward"}
+    assert defined == {f"longattn::{name}" for name in (*attention, "rope")}
     assert {backend.name for backend in registry.BACKENDS} >= {"reference", "cpu"}
