@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from longattn.errors import InvalidInput, Unsupported
 from longattn.functional import attention
-from longattn.integrations.huggingface.visibility import Visibility
+from longattn.inspect import attention_rows
+from longattn.integrations.huggingface.visibility import Visibility, keywords
 
 # Keywords by which some models change the scores in ways of their own.
 _FOREIGN = ("block_indices", "sinks", "cache")
@@ -33,7 +34,7 @@ def attention_forward(
     cu_seq_lens_k: Tensor | None = None,
     output_attentions: bool | None = None,
     **others: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """What transformers' AttentionInterface calls in a layer.
 
     Args:
@@ -47,8 +48,10 @@ def attention_forward(
         sliding_window: not read; masks carry it.
         cu_seq_lens_q, cu_seq_lens_k: int32, where the sequences packed in a row of batch 1 start and the last ends.
 
+        output_attentions: return the weights, too; a tensor [B, Hq, Nq, Nk] that nothing else makes.
+
     Returns:
-        (out [B, Nq, Hq, Dv], None).
+        (out [B, Nq, Hq, Dv], the weights before dropout or None).
 
     Raises:
         InvalidInput, Unsupported: as `longattn.attention`; also for a mask or keyword that it cannot honour.
@@ -66,11 +69,24 @@ def attention_forward(
         call["bias"] = position_bias if dense is None else _biased(position_bias, dense)
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         call["bounds"] = _within_sequences(cu_seq_lens_q, cu_seq_lens_k, query, call)
-    out = attention(
-        query, key, value, scale=scaling, dropout_p=dropout, softcap=softcap, sink_logits=s_aux, **call
-    )
+    call |= {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
+    out = attention(query, key, value, dropout_p=dropout, **call)
     assert isinstance(out, Tensor)
-    return out.transpose(1, 2), None
+    weights = None
+    if output_attentions or _weights_are_captured():
+        weights = attention_rows(query, key, range(query.shape[2]), **call).to(query.dtype)
+    return out.transpose(1, 2), weights
+
+
+def _weights_are_captured() -> bool:
+    """Whether the model was asked for its attentions without telling its layers, as GPT-2 does."""
+    if torch.compiler.is_compiling():
+        return False
+    from transformers.utils import output_capturing
+
+    collector = getattr(output_capturing, "_active_collector", None)
+    wanted = None if collector is None else collector.get()
+    return any("attentions" in name for name in wanted or ())
 
 
 def _visible(
@@ -81,13 +97,16 @@ def _visible(
     if isinstance(mask, Visibility):
         if tuple(mask.shape[2:]) != (nq, nk):
             raise InvalidInput("attention_mask", f"a mask made for {nq} queries and {nk} keys", repr(mask))
-        return mask.keywords()
+        return keywords(mask)
     if mask is None:
         if not is_causal or nq == 1:
             return {}
         if sliding_window is not None and sliding_window < nk:
             raise InvalidInput("attention_mask", f"a mask, as sliding_window {sliding_window} hides keys", None)
-        return {"causal": True, "align": "start"}  # as PyTorch's scaled_dot_product_attention, which models are made for
+        return {
+            "causal": True,
+            "align": "start",
+        }  # as PyTorch's scaled_dot_product_attention, which models are made for
     if mask.dim() != 4:
         raise InvalidInput("attention_mask", "4 dimensions in an attention layer", f"shape {tuple(mask.shape)}")
     return {"bias": mask}
@@ -103,7 +122,9 @@ def _within_sequences(
 ) -> tuple[Tensor, Tensor]:
     """The bounds of queries that see only the keys of their own sequence, and of `call`."""
     if len(query) != 1:
-        raise InvalidInput("cu_seq_lens_q", "None with a batch above 1: the sequences are packed in one row", len(query))
+        raise InvalidInput(
+            "cu_seq_lens_q", "None with a batch above 1: the sequences are packed in one row", len(query)
+        )
     one_sided = call.get("causal") or call.get("window") is not None
     if one_sided and cu_seq_lens_q is not cu_seq_lens_k and not torch.compiler.is_compiling():
         if not torch.equal(cu_seq_lens_q, cu_seq_lens_k):

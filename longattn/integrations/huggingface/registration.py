@@ -19,7 +19,9 @@ def register() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import packed_sequence_compatibility_function, sdpa_mask  # noqa: F401
     except ImportError as missing:
-        raise ImportError("longattn in Hugging Face models needs transformers >= 5.17: pip install longattn[hf]") from missing
+        raise ImportError(
+            "longattn in Hugging Face models needs transformers >= 5.17: pip install longattn[hf]"
+        ) from missing
 
     from longattn.integrations.huggingface.attention import attention_forward
     from longattn.integrations.huggingface.visibility import visibility

@@ -1,9 +1,9 @@
 """What a query may see in a Hugging Face model: read off the functions that transformers composes its masks from.
 
 transformers describes a mask as a function (batch, head, query, key) -> bool, composed of few standard ones: causal,
-windows, chunks, packed sequences. Those we recognise and turn into the terms of `longattn.attention`. A function that we
-do not recognise is evaluated by transformers itself, some rows at a time, and kept as one interval of keys per query;
-a mask that no interval can say is an error. No [Nq, Nk] tensor outlives those rows.
+windows, chunks, packed sequences. Those we recognise and turn into the terms of `longattn.attention`. A function that
+we do not recognise is evaluated by transformers itself, some rows at a time, and kept as one interval of keys per
+query; a mask that no interval can say is an error. No [Nq, Nk] tensor outlives those rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longattn.errors import InvalidInput, Unsupported
+from longattn.errors import Unsupported
 
 MaskFunction = Callable[..., Any]
 
@@ -45,11 +45,12 @@ class Visibility(Tensor):
     lo: Tensor | None
     hi: Tensor | None
     key_mask: Tensor | None
+    _anchor: Tensor  # empty: torch.compile takes no tensor that consists of none
 
     @staticmethod
     def __new__(
         cls,
-        shape: tuple[int, int, int, int],
+        shape: tuple[int, ...],
         device: torch.device | str,
         *,
         left: int | None = None,
@@ -58,24 +59,16 @@ class Visibility(Tensor):
         lo: Tensor | None = None,
         hi: Tensor | None = None,
         key_mask: Tensor | None = None,
+        _anchor: Tensor | None = None,
     ) -> Visibility:
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))  # type: ignore[attr-defined]
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
         self.left, self.right = left, right
         self.offset, self.lo, self.hi, self.key_mask = offset, lo, hi, key_mask
+        self._anchor = torch.empty(0, device=device) if _anchor is None else _anchor
         return self
 
-    def keywords(self) -> dict[str, Any]:
-        """The same as keywords of `longattn.attention`."""
-        sides = (-1 if self.left is None else self.left, -1 if self.right is None else self.right)
-        return {
-            "window": None if sides == (-1, -1) else sides,
-            "align": "end" if self.offset is None else self.offset,
-            "key_mask": self.key_mask,
-            "bounds": None if self.lo is None else (self.lo, self.hi),
-        }
-
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        terms = {name: getattr(self, name) for name in ("left", "right", *_TENSORS)}
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        terms = {name: getattr(self, name) for name in ("left", "right", *_TENSORS[:-1])}
         listing = ", ".join(f"{name}={_brief(term)}" for name, term in terms.items() if term is not None)
         return f"Visibility({list(self.shape)}, {listing})"
 
@@ -83,18 +76,22 @@ class Visibility(Tensor):
         return [name for name in _TENSORS if getattr(self, name) is not None], (self.device, self.left, self.right)
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], constants: tuple[Any, ...], size: Any, stride: Any) -> Visibility:
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], constants: tuple[Any, ...], size: Any, stride: Any
+    ) -> Visibility:
         device, left, right = constants
         return Visibility(tuple(size), device, left=left, right=right, **inner)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # a classmethod
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         aten = torch.ops.aten
         mask = args[0]
         if function in (aten.detach.default, aten.alias.default, aten.clone.default):
             return mask._map(lambda x: function(x), mask.device)
+        if function is aten.slice.Tensor and _is_whole(mask, *args[1:]):
+            return mask
         if function is aten._to_copy.default and (kwargs or {}).get("dtype", torch.bool) == torch.bool:
             device = (kwargs or {}).get("device") or mask.device
             return mask._map(lambda x: x.to(device), device)
@@ -105,7 +102,18 @@ class Visibility(Tensor):
         return Visibility(tuple(self.shape), device, left=self.left, right=self.right, **present)
 
 
-_TENSORS = ("offset", "lo", "hi", "key_mask")
+def keywords(mask: Visibility) -> dict[str, Any]:
+    """The same as keywords of `longattn.attention`. No method: torch.compile would take it for a tensor's."""
+    sides = (-1 if mask.left is None else mask.left, -1 if mask.right is None else mask.right)
+    return {
+        "window": None if sides == (-1, -1) else sides,
+        "align": "end" if mask.offset is None else mask.offset,
+        "key_mask": mask.key_mask,
+        "bounds": None if mask.lo is None or mask.hi is None else (mask.lo, mask.hi),
+    }
+
+
+_TENSORS = ("offset", "lo", "hi", "key_mask", "_anchor")
 
 
 def visibility(
@@ -138,8 +146,10 @@ def visibility(
         mask_function = masking_utils.causal_mask_function
     queries = (torch.arange(q_length, device=device) + q_offset)[None]
     terms = _read(mask_function, queries)
+    key_mask = _padding(attention_mask, batch_size, kv_length, kv_offset)
     if terms is None:
-        terms = _evaluate(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
+        terms, seen = _evaluate(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
+        key_mask = seen if key_mask is None else key_mask if seen is None else key_mask & seen
     lo = hi = offset = None
     if terms.lo is not None and terms.hi is not None:
         lo, hi = ((x - kv_offset).clamp(-_FAR, _FAR).to(torch.int32) for x in (terms.lo, terms.hi))
@@ -156,7 +166,7 @@ def visibility(
         offset=offset,
         lo=lo,
         hi=hi,
-        key_mask=_padding(attention_mask, batch_size, kv_length, kv_offset),
+        key_mask=key_mask,
     )
 
 
@@ -183,7 +193,8 @@ class _Terms:
         joined = {}
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            joined[field.name] = theirs if mine is None else mine if theirs is None else nearer[field.name](mine, theirs)
+            both = mine is not None and theirs is not None
+            joined[field.name] = nearer[field.name](mine, theirs) if both else theirs if mine is None else mine
         return _Terms(**joined)
 
 
@@ -285,40 +296,54 @@ def _evaluate(
     kv_offset: int,
     use_vmap: bool,
     device: torch.device | str,
-) -> _Terms:
-    """The interval of each query of any mask function, found by evaluating all of it, a tile of rows at a time.
+) -> tuple[_Terms, Tensor | None]:
+    """The interval of each query under any mask function, found by evaluating all of it, a tile of rows at a time.
 
-    Keys that no query sees may lie inside an interval: `key_mask` cannot be told apart from them, and they are rejected
-    unless all queries skip them.
+    Returns:
+        the terms, and bool [B, Nk], the keys that any query sees, if some interval has holes where nobody sees a key.
     """
     from transformers.masking_utils import sdpa_mask
 
     rows = max(1, _TILE_ENTRIES // max(1, batch_size * kv_length))
     lo = torch.zeros(batch_size, q_length, dtype=torch.int64, device=device)
-    hi = torch.zeros_like(lo)
+    hi, count = torch.zeros_like(lo), torch.zeros_like(lo)
+    seen = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
     for start in range(0, q_length, rows):
         tile = slice(start, min(start + rows, q_length))
-        visible = sdpa_mask(
+        dense = sdpa_mask(
             batch_size,
             tile.stop - tile.start,
             kv_length,
-            q_offset=q_offset + start,
+            q_offset=q_offset + start,  # type: ignore[arg-type]  # static caches have tensors
             kv_offset=kv_offset,
             mask_function=function,
             allow_is_causal_skip=False,
             use_vmap=use_vmap,
             device=device,
-        )[:, 0].to(torch.int8)
-        count = visible.sum(-1)
-        first = visible.argmax(-1)
-        stop = kv_length - visible.flip(-1).argmax(-1)
-        if ((stop - first != count) & (count > 0)).any():
-            raise _unsupported(
-                f"the mask {getattr(function, '__qualname__', function)}",
-                "a query's keys are no interval; pass a 4-D attention_mask to the model to have it dense",
-            )
-        lo[:, tile], hi[:, tile] = first, torch.where(count > 0, stop, first)
-    return _Terms(lo=lo + kv_offset, hi=hi + kv_offset)
+        )
+        assert dense is not None
+        visible = dense[:, 0].to(torch.int8)
+        seen |= visible.any(1)
+        count[:, tile] = visible.sum(-1)
+        lo[:, tile] = visible.argmax(-1)
+        hi[:, tile] = kv_length - visible.flip(-1).argmax(-1)
+    hi = torch.where(count > 0, hi, lo)
+    terms = _Terms(lo=lo + kv_offset, hi=hi + kv_offset)
+    if torch.equal(hi - lo, count):
+        return terms, None
+    seen_before = F.pad(seen.cumsum(-1), (1, 0))  # [B, Nk + 1]
+    if not torch.equal(seen_before.gather(1, hi) - seen_before.gather(1, lo), count):
+        raise _unsupported(
+            f"the mask {getattr(function, '__qualname__', function)}",
+            "a query's keys are no interval; give the model a 4-D attention_mask to have it dense",
+        )
+    return terms, seen
+
+
+def _is_whole(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
+    """Whether a slice is all of x."""
+    places = range(x.shape[dim])
+    return places[start:end:step] == places
 
 
 def _unsupported(call: str, why: str) -> Unsupported:
