@@ -75,12 +75,11 @@ class Samples(NamedTuple):
         by_sample = {name for name in Tensors._fields if name in own or getattr(dims, name) is not None}
         if by_sample & {"lo", "hi"}:
             by_sample |= {"lo", "hi"}
-        return Tensors(
-            **{
-                name: x if x is None or self._serves_all(name, by_sample) else self.fold(name, x, getattr(dims, name))
-                for name, x in zip(Tensors._fields, tensors, strict=True)
-            }
-        )
+        folded: dict[str, Any] = {
+            name: x if x is None or self._serves_all(name, by_sample) else self.fold(name, x, getattr(dims, name))
+            for name, x in zip(Tensors._fields, tensors, strict=True)
+        }
+        return Tensors(**folded)
 
     def fold(self, name: str, x: Tensor, dim: int | None) -> Tensor:
         """x, a tensor of the call or a gradient of its shape, of all samples one after another."""

@@ -170,7 +170,7 @@ def _backward_impl(*args: Any) -> tuple[Tensor, ...]:
     if dout.stride(-1) != 1 and dout.shape[-1] != 1:
         dout = dout.contiguous()
     grads = _empty_gradients(tensors, wanted)
-    registry.get(backend).backward(problem, tensors, out, lse, dout, dlse, grads)
+    registry.get(backend).backward(problem, tensors, out, lse.contiguous(), dout, dlse, grads)
     return _fixed_arity(grads, tensors.q)
 
 

@@ -76,7 +76,7 @@ def test_strides(backend: str, dtype: torch.dtype, layout: str) -> None:
     if layout != "bhdn":
         assert memory_order(got) == memory_order(x)
     expanded = x[:, :1].expand(-1, 3, -1, -1)
-    check(expanded, Rope(8), None, backend)
+    check(expanded, Rope(8), torch.randint(0, 99, (21, 2)).T, backend)
 
 
 @pytest.mark.parametrize("backend", backend_names())

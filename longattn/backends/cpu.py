@@ -203,7 +203,7 @@ def _bias(x: Tensor) -> tuple[int, int, int, int, int, int]:
 
 def _tables(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(cos, sin), both [1 or B, N, rotated / 2] in the accumulation dtype, of the float32 angle, times factor."""
-    positions = positions[None] if positions.dim() == 1 else positions
+    positions = (positions[None] if positions.dim() == 1 else positions).contiguous()
     angle = positions[..., None] * inv_freq
     if dtype == torch.float64:
         angle = angle.double()
