@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor
+
 from longattn.errors import InvalidInput
 
 
@@ -22,5 +25,10 @@ def renamed(**names: str) -> Iterator[None]:
 
 def described(x: object) -> str:
     """What came, for the message of an InvalidInput."""
-    shape = getattr(x, "shape", None)
-    return f"{type(x).__name__} {x!r}"[:80] if shape is None else f"a tensor of shape {tuple(shape)}"
+    if not isinstance(x, Tensor):
+        return f"{type(x).__name__} {x!r}"[:80]
+    if x.is_nested:
+        return "a nested tensor"
+    return f"{str(x.dtype)[6:]} tensor of shape {tuple(x.shape)}" + (
+        "" if x.layout == torch.strided else f", {x.layout}"
+    )

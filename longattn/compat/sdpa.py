@@ -8,6 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
+from longattn.arguments import flag
 from longattn.compat.errors import described, renamed
 from longattn.errors import InvalidInput, Unsupported
 from longattn.functional import attention
@@ -49,15 +50,14 @@ def scaled_dot_product_attention(
     """
     tensors = (query, key, value)
     for name, x in zip(_NAMES, tensors, strict=True):
-        if not isinstance(x, Tensor) or x.dim() < 2:
-            raise InvalidInput(name, "a tensor of at least 2 dimensions [..., L, E]", described(x))
-        if x.is_nested:
+        if isinstance(x, Tensor) and x.is_nested:
             raise _unsupported(f"a nested {name}")
+        if not isinstance(x, Tensor) or x.dim() < 2 or x.layout != torch.strided:
+            raise InvalidInput(name, "a strided tensor of at least 2 dimensions [..., L, E]", described(x))
     if dropout_p == 1:
         raise _unsupported("dropout_p = 1")
-    for flag, given in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
-        if not isinstance(given, bool):
-            raise InvalidInput(flag, "a bool", described(given))
+    flag("is_causal", is_causal)
+    flag("enable_gqa", enable_gqa)
     if attn_mask is not None and is_causal:
         raise InvalidInput("attn_mask", "None beside is_causal", described(attn_mask))
     align, causal = "start", is_causal
@@ -109,11 +109,10 @@ def _bias(attn_mask: Tensor, query: Tensor, key: Tensor, leading: tuple[int, ...
     if torch.is_autocast_enabled(query.device.type):
         dtypes.add(torch.get_autocast_dtype(query.device.type))
     expected = f"a bool, float32 or {str(query.dtype)[6:]} tensor broadcastable to {full}"
-    if not isinstance(attn_mask, Tensor) or attn_mask.dtype not in dtypes:
-        got = attn_mask.dtype if isinstance(attn_mask, Tensor) else described(attn_mask)
-        raise InvalidInput("attn_mask", expected, got)
-    if attn_mask.is_nested:
+    if isinstance(attn_mask, Tensor) and attn_mask.is_nested:
         raise _unsupported("a nested attn_mask")
+    if not isinstance(attn_mask, Tensor) or attn_mask.dtype not in dtypes or attn_mask.layout != torch.strided:
+        raise InvalidInput("attn_mask", expected, described(attn_mask))
     shape = (1,) * (len(full) - attn_mask.dim()) + tuple(attn_mask.shape)
     if len(shape) > len(full) or any(size not in (1, most) for size, most in zip(shape, full, strict=True)):
         raise InvalidInput("attn_mask", expected, described(attn_mask))

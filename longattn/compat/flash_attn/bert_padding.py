@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longattn.compat.errors import described
-from longattn.compat.flash_attn.checks import check_contents, check_indices
+from longattn.compat.flash_attn.checks import check_axes, check_contents, check_indices
 from longattn.errors import InvalidInput
 
 
@@ -17,8 +17,7 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     Raises:
         InvalidInput: indices that are no rows of input.
     """
-    if not isinstance(input, Tensor) or input.dim() < 2:
-        raise InvalidInput("input", "a tensor [rows, ...]", described(input))
+    _check_rank("input", input, "rows, ...")
     _check_rows(indices, input.shape[0], input.device)
     return input.index_select(0, indices)
 
@@ -29,8 +28,7 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
     Raises:
         InvalidInput: another number of values than of indices, or indices that are no rows.
     """
-    if not isinstance(values, Tensor) or values.dim() < 2:
-        raise InvalidInput("values", "a tensor [n, ...]", described(values))
+    _check_rank("values", values, "n, ...")
     _check_rows(indices, first_axis_dim, values.device)
     if values.shape[0] != indices.shape[0]:
         raise InvalidInput("values", f"{indices.shape[0]} rows, as indices has entries", described(values))
@@ -100,18 +98,22 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
 
 def _check_rows(indices: Tensor, rows: int, device: torch.device) -> None:
-    length = indices.shape[0] if isinstance(indices, Tensor) and indices.dim() == 1 else -1
-    check_indices("indices", indices, (length,), device)
+    check_axes("indices", indices, ("total",))
+    check_indices("indices", indices, tuple(indices.shape), device)
     check_contents("indices", indices, 0, rows - 1, "rows")
 
 
 def _mask(name: str, mask: Tensor, hidden_states: Tensor) -> Tensor:
-    if not isinstance(hidden_states, Tensor) or hidden_states.dim() < 2:
-        raise InvalidInput("hidden_states", "a tensor [batch, seqlen, ...]", described(hidden_states))
-    expected = tuple(hidden_states.shape[:2])
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != expected or mask.is_floating_point() or mask.is_complex():
-        raise InvalidInput(name, f"a bool or int tensor {list(expected)}", described(mask))
+    _check_rank("hidden_states", hidden_states, "batch, seqlen, ...")
+    check_axes(name, mask, tuple(hidden_states.shape[:2]))
+    if mask.is_floating_point() or mask.is_complex() or mask.device != hidden_states.device:
+        raise InvalidInput(name, f"a bool or int tensor on {hidden_states.device}", f"{mask.dtype} on {mask.device}")
     return mask != 0
+
+
+def _check_rank(name: str, x: object, axes: str) -> None:
+    if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided or x.dim() < 2:
+        raise InvalidInput(name, f"a tensor [{axes}]", described(x))
 
 
 def _sequences(lengths: Tensor) -> tuple[Tensor, int]:

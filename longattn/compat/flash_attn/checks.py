@@ -18,9 +18,11 @@ _INTEGERS = (torch.int32, torch.int64)
 
 
 def check_axes(name: str, x: object, axes: tuple[str | int, ...]) -> None:
-    """A tensor with these axes; those that are numbers have that size."""
+    """A strided tensor with these axes; those that are numbers have that size."""
     if (
         not isinstance(x, Tensor)
+        or x.is_nested
+        or x.layout != torch.strided
         or x.dim() != len(axes)
         or any(isinstance(axis, int) and axis != size for axis, size in zip(axes, x.shape, strict=True))
     ):
@@ -39,10 +41,29 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = (
 
 
 def check_indices(name: str, x: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """An int32 or int64 tensor of that shape."""
-    if not isinstance(x, Tensor) or x.dtype not in _INTEGERS or tuple(x.shape) != shape or x.device != device:
-        got = f"{x.dtype} of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else described(x)
-        raise InvalidInput(name, f"an int32 tensor {list(shape)} on {device}", got)
+    """An int32 or int64 tensor of that shape on that device."""
+    check_axes(name, x, shape)
+    assert isinstance(x, Tensor)
+    if x.dtype not in _INTEGERS or x.device != device:
+        raise InvalidInput(name, f"int32 on {device}", f"{x.dtype} on {x.device}")
+    return x
+
+
+def check_sequences(name: str, x: object, device: torch.device) -> Tensor:
+    """cu_seqlens: int32 or int64 [batch + 1]."""
+    check_axes(name, x, ("batch + 1",))
+    assert isinstance(x, Tensor)
+    if not x.shape[0]:
+        raise InvalidInput(name, "at least one entry", described(x))
+    return check_indices(name, x, tuple(x.shape), device)
+
+
+def check_table(name: str, x: object, shape: tuple[int, ...] | None, device: torch.device) -> Tensor:
+    """Cosines or sines: floating [seqlen_rotary, rotary_dim / 2], or of a given shape."""
+    check_axes(name, x, ("seqlen_rotary", "rotary_dim / 2") if shape is None else shape)
+    assert isinstance(x, Tensor)
+    if not x.is_floating_point() or x.device != device:
+        raise InvalidInput(name, f"a floating tensor on {device}", f"{x.dtype} on {x.device}")
     return x
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longattn.arguments import flag
 from longattn.compat.errors import described, renamed
 from longattn.compat.flash_attn.checks import (
     DENSE,
@@ -26,11 +27,12 @@ from longattn.compat.flash_attn.checks import (
     check_contents,
     check_heads,
     check_indices,
+    check_table,
     softcap_or_none,
     window_sides,
 )
 from longattn.compat.flash_attn.kvcache import Cache, packed_from_pages
-from longattn.compat.flash_attn.layers.rotary import dense_tables, rotated
+from longattn.compat.flash_attn.layers.rotary import check_width, dense_tables, rotated
 from longattn.compat.flash_attn.packing import token_places
 from longattn.errors import InvalidInput
 from longattn.functional import attention, attention_varlen
@@ -255,6 +257,7 @@ def flash_attn_with_kvcache(
             raise InvalidInput(name, "no gradient (call it under torch.no_grad())", "requires_grad=True")
     if isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 0:
         raise InvalidInput("num_splits", "an int >= 0", described(num_splits))
+    flag("return_softmax_lse", return_softmax_lse)
     check_axes("q", q, DENSE)
     batch = q.shape[0]
     cache = Cache.checked(k_cache, v_cache, cache_batch_idx, block_table, batch, q.device)
@@ -346,6 +349,7 @@ def _dense(
             out, lse = attention(q, k, v, dropout_p=dropout_p, seed=seed, return_lse=True, **keywords)
         return out, lse
 
+    flag("return_attn_probs", return_attn_probs)
     if not return_attn_probs:
         return attend(q, k, v, dropout_p, None)[0].transpose(1, 2)
     seed = _seed(dropout_p)
@@ -375,6 +379,7 @@ def _packed(
             )
         return out, lse
 
+    flag("return_attn_probs", return_attn_probs)
     if not return_attn_probs:
         return attend(q, k, v, dropout_p, None)[0]
     seed = _seed(dropout_p)
@@ -411,6 +416,8 @@ def _signed_weights(
     dtype = q.dtype
     compute = torch.promote_types(dtype, torch.float32)
     q, k = q.detach().to(compute), k.detach().to(compute)
+    if not one_hot.shape[-1]:
+        return q.new_zeros(*q.shape[:-1], 0, dtype=dtype)
     columns = one_hot.to(compute).split(_COLUMNS, -1)
     weights = torch.cat([attend(q, k, part, 0.0, None) for part in columns], -1)
     kept = torch.cat([attend(q, k, part, dropout_p, seed) for part in columns], -1)
@@ -431,16 +438,17 @@ def _cache_lengths(
     """int32 [batch]: the tokens in the cache, or None if it is full."""
     if cache_seqlens is None:
         return None
-    if not isinstance(cache_seqlens, Tensor):
-        if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
-            raise InvalidInput("cache_seqlens", "None, an int or an int32 tensor [batch]", described(cache_seqlens))
-        cache_seqlens = torch.tensor([cache_seqlens] * batch, dtype=torch.int64, device=device)
-    check_indices("cache_seqlens", cache_seqlens, (batch,), device)
-    what = "the capacity of " + ("k_cache" if cache.block_table is None else "block_table")
-    check_contents(
-        "cache_seqlens", cache_seqlens, 0, cache.capacity - added, what + (" less new keys" if added else "")
-    )
-    return cache_seqlens.to(torch.int32)
+    most = cache.capacity - added
+    holder = "k_cache" if cache.block_table is None else "block_table"
+    room = f"{holder} has room for {cache.capacity}, {added} of them new"
+    if isinstance(cache_seqlens, Tensor):
+        check_indices("cache_seqlens", cache_seqlens, (batch,), device)
+        check_contents("cache_seqlens", cache_seqlens, 0, most, room)
+        return cache_seqlens.to(torch.int32)
+    valid = isinstance(cache_seqlens, (int, torch.SymInt)) and not isinstance(cache_seqlens, bool)
+    if not valid or not 0 <= cache_seqlens <= most:
+        raise InvalidInput("cache_seqlens", f"0..{most} ({room}), or a tensor of such", described(cache_seqlens))
+    return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=device)
 
 
 def _rotated(
@@ -454,15 +462,10 @@ def _rotated(
     window: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """q and k turned by the rows of the tables from `lengths` on; q by that row alone if order means nothing to it."""
-    check_axes("rotary_cos", cos, ("seqlen_rotary", "rotary_dim / 2"))
-    assert cos is not None
-    check_axes("rotary_sin", sin, tuple(cos.shape))
-    assert sin is not None
-    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
-        if not table.is_floating_point() or table.device != q.device:
-            raise InvalidInput(name, f"a floating tensor on {q.device}", f"{table.dtype} on {table.device}")
-    if 2 * cos.shape[1] > q.shape[-1]:
-        raise InvalidInput("rotary_cos", f"rotary_dim <= headdim {q.shape[-1]}", f"rotary_dim {2 * cos.shape[1]}")
+    cos = check_table("rotary_cos", cos, None, q.device)
+    sin = check_table("rotary_sin", sin, tuple(cos.shape), q.device)
+    check_width("rotary_cos", cos.shape[1], q)
+    flag("rotary_interleaved", interleaved)
     in_order = causal or window != (-1, -1)
     batch = q.shape[0]
     with renamed(seqlen_offsets="rotary_cos"):

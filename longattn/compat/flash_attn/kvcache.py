@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longattn.compat.errors import described
-from longattn.compat.flash_attn.checks import DENSE, PAGES, check_axes, check_contents, check_indices
+from longattn.compat.flash_attn.checks import DENSE, PAGES, check_axes, check_contents, check_indices, check_sequences
 from longattn.compat.flash_attn.packing import token_places
 from longattn.errors import InvalidInput
 
@@ -84,9 +84,7 @@ def packed_from_pages(k: Tensor, v: Tensor, block_table: Tensor, cu_seqlens: Ten
     Returns:
         k and v [tokens, nheads_k, headdim], and cu_seqlens from 0 on.
     """
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise InvalidInput("cu_seqlens_k", "an int32 tensor [batch + 1]", described(cu_seqlens))
-    check_indices("cu_seqlens_k", cu_seqlens, tuple(cu_seqlens.shape), k.device)
+    check_sequences("cu_seqlens_k", cu_seqlens, k.device)
     _check_block_table(block_table, cu_seqlens.shape[0] - 1, k)
     capacity = k.shape[1] * block_table.shape[1]
     check_contents("cu_seqlens_k", cu_seqlens.diff(), 0, capacity, "lengths up to the capacity of block_table")
@@ -99,8 +97,8 @@ def packed_from_pages(k: Tensor, v: Tensor, block_table: Tensor, cu_seqlens: Ten
 
 
 def _check_block_table(block_table: Tensor, batch: int, pages: Tensor) -> None:
-    columns = block_table.shape[1] if isinstance(block_table, Tensor) and block_table.dim() == 2 else -1
-    check_indices("block_table", block_table, (batch, columns), pages.device)
+    check_axes("block_table", block_table, (batch, "max_blocks"))
+    check_indices("block_table", block_table, tuple(block_table.shape), pages.device)
 
 
 def _check_pages(entries: Tensor, pages: Tensor) -> None:

@@ -7,8 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from longattn.arguments import flag
 from longattn.compat.errors import described
-from longattn.compat.flash_attn.checks import DENSE, PACKED, check_axes, check_contents, check_indices
+from longattn.compat.flash_attn.checks import (
+    DENSE,
+    PACKED,
+    check_axes,
+    check_contents,
+    check_indices,
+    check_sequences,
+    check_table,
+)
 from longattn.compat.flash_attn.packing import token_places
 from longattn.errors import InvalidInput
 from longattn.rope import turn_pairs
@@ -43,14 +52,13 @@ def apply_rotary_emb(
     Raises:
         InvalidInput: an argument that does not fit, or a token past the end of the tables.
     """
-    _check_tables(cos, sin, x)
+    check_axes("x", x, DENSE if cu_seqlens is None else PACKED)
+    _check("x", x, interleaved, cos=cos, sin=sin)
+    flag("inplace", inplace)
     if cu_seqlens is None:
-        check_axes("x", x, DENSE)
         at_cos, at_sin = dense_tables(cos, sin, seqlen_offsets, *x.shape[:2])
     else:
-        check_axes("x", x, PACKED)
         at_cos, at_sin = _packed_tables(cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, x.shape[0])
-    _check_width("cos", at_cos, x)
     if not inplace:
         return rotated(x, at_cos, at_sin, interleaved)
     return _in_place(x, lambda x: _rotate_(x, at_cos, at_sin, interleaved))
@@ -85,13 +93,11 @@ def apply_rotary_emb_qkv_(
         check_axes("qkv", qkv, DENSE)
     if (cos_k is None) != (sin_k is None):
         raise InvalidInput("sin_k" if sin_k is None else "cos_k", "both cos_k and sin_k, or neither", None)
-    _check_tables(cos, sin, qkv)
+    _check("qkv", qkv, interleaved, cos=cos, sin=sin)
     for_q = for_k = dense_tables(cos, sin, seqlen_offsets, *qkv.shape[:2])
     if cos_k is not None and sin_k is not None:
-        _check_tables(cos_k, sin_k, qkv, "_k")
+        _check("qkv", qkv, interleaved, cos_k=cos_k, sin_k=sin_k)
         for_k = dense_tables(cos_k, sin_k, seqlen_offsets, *qkv.shape[:2])
-    _check_width("cos", for_q[0], qkv)
-    _check_width("cos_k", for_k[0], qkv)
 
     def rotate(qkv: Tensor) -> None:
         q, k = _queries_and_keys(qkv, num_heads_q)
@@ -110,9 +116,8 @@ def apply_rotary_emb_kv_(
         InvalidInput: as `apply_rotary_emb`.
     """
     check_axes("kv", kv, ("batch", "seqlen", 2, "nheads", "headdim"))
-    _check_tables(cos, sin, kv)
+    _check("kv", kv, interleaved, cos=cos, sin=sin)
     at_cos, at_sin = dense_tables(cos, sin, seqlen_offsets, *kv.shape[:2])
-    _check_width("cos", at_cos, kv)
     return _in_place(kv, lambda kv: _rotate_(kv[:, :, 0], at_cos, at_sin, interleaved))
 
 
@@ -120,8 +125,12 @@ apply_rotary_emb_func = apply_rotary_emb
 
 
 def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """The plain formula: x [batch, seqlen, nheads, headdim], cos and sin [(batch,) seqlen, rotary_dim / 2]."""
-    _check_width("cos", cos, x)
+    """The plain formula: x [batch, seqlen, nheads, headdim], cos and sin [seqlen, rotary_dim / 2], or per batch."""
+    check_axes("x", x, DENSE)
+    leading = x.shape[:2] if isinstance(cos, Tensor) and cos.dim() == 3 else x.shape[1:2]
+    check_axes("cos", cos, (*leading, "rotary_dim / 2"))
+    check_axes("sin", sin, tuple(cos.shape))
+    check_width("cos", cos.shape[-1], x)
     return rotated(x, cos[..., None, :], sin[..., None, :], interleaved)
 
 
@@ -145,9 +154,7 @@ def _packed_tables(
     cos: Tensor, sin: Tensor, offsets: Offsets, cu_seqlens: Tensor, max_seqlen: int | None, tokens: int
 ) -> tuple[Tensor, Tensor]:
     """The rows of packed tokens: [tokens, 1, rotary_dim / 2]."""
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise InvalidInput("cu_seqlens", "an int32 tensor [batch + 1]", described(cu_seqlens))
-    check_indices("cu_seqlens", cu_seqlens, tuple(cu_seqlens.shape), cos.device)
+    check_sequences("cu_seqlens", cu_seqlens, cos.device)
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)) or max_seqlen < 0:
         raise InvalidInput("max_seqlen", "an int >= 0 beside cu_seqlens", described(max_seqlen))
     check_contents("cu_seqlens", cu_seqlens, 0, tokens, "the tokens")
@@ -196,21 +203,21 @@ def _queries_and_keys(qkv: Tensor, heads_q: int | None) -> tuple[Tensor, Tensor]
     return qkv[:, :, :heads_q], qkv[:, :, heads_q : heads_q + heads_k]
 
 
-def _check_tables(cos: Tensor, sin: Tensor, x: Tensor, suffix: str = "") -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise InvalidInput("x", "a floating tensor", described(x))
-    check_axes(f"cos{suffix}", cos, ("seqlen_rotary", "rotary_dim / 2"))
-    check_axes(f"sin{suffix}", sin, tuple(cos.shape))
-    for name, table in (("cos", cos), ("sin", sin)):
-        if not table.is_floating_point() or table.device != x.device:
-            raise InvalidInput(
-                f"{name}{suffix}", f"a floating tensor on {x.device}", f"{table.dtype} on {table.device}"
-            )
+def _check(name: str, x: Tensor, interleaved: bool, **tables: Tensor | None) -> None:
+    """x is floating, and the tables, by name, fit each other and its heads."""
+    if not x.is_floating_point():
+        raise InvalidInput(name, "a floating dtype", x.dtype)
+    flag("interleaved", interleaved)
+    shape = None
+    for table_name, table in tables.items():
+        shape = tuple(check_table(table_name, table, shape, x.device).shape)
+        check_width(table_name, shape[-1], x)
 
 
-def _check_width(name: str, table: Tensor, x: Tensor) -> None:
-    if 2 * table.shape[-1] > x.shape[-1]:
-        raise InvalidInput(name, f"rotary_dim / 2 <= headdim / 2 = {x.shape[-1] / 2:g}", f"{table.shape[-1]}")
+def check_width(name: str, width: int, x: Tensor) -> None:
+    """Tables of this width turn entries that x [..., headdim] has."""
+    if 2 * width > x.shape[-1]:
+        raise InvalidInput(name, f"rotary_dim / 2 <= headdim / 2 = {x.shape[-1] / 2:g}", width)
 
 
 def _check_offset(offset: int, cos: Tensor, seqlen: int) -> None:
