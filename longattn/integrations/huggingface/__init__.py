@@ -1,5 +1,6 @@
 """Hugging Face models on longattn's attention, and their checkpoints in longattn's models."""
 
+from longattn.integrations.huggingface.checkpoints import config_from_hf, config_to_hf, from_hf, load_pretrained, to_hf
 from longattn.integrations.huggingface.registration import register
 
-__all__ = ["register"]
+__all__ = ["config_from_hf", "config_to_hf", "from_hf", "load_pretrained", "register", "to_hf"]

@@ -103,10 +103,7 @@ def _visible(
             return {}
         if sliding_window is not None and sliding_window < nk:
             raise InvalidInput("attention_mask", f"a mask, as sliding_window {sliding_window} hides keys", None)
-        return {
-            "causal": True,
-            "align": "start",
-        }  # as PyTorch's scaled_dot_product_attention, which models are made for
+        return {"causal": True, "align": "start"}  # the meaning in PyTorch's scaled_dot_product_attention
     if mask.dim() != 4:
         raise InvalidInput("attention_mask", "4 dimensions in an attention layer", f"shape {tuple(mask.shape)}")
     return {"bias": mask}
@@ -122,9 +119,7 @@ def _within_sequences(
 ) -> tuple[Tensor, Tensor]:
     """The bounds of queries that see only the keys of their own sequence, and of `call`."""
     if len(query) != 1:
-        raise InvalidInput(
-            "cu_seq_lens_q", "None with a batch above 1: the sequences are packed in one row", len(query)
-        )
+        raise InvalidInput("cu_seq_lens_q", "None beside more than one row: sequences are packed in one", len(query))
     one_sided = call.get("causal") or call.get("window") is not None
     if one_sided and cu_seq_lens_q is not cu_seq_lens_k and not torch.compiler.is_compiling():
         if not torch.equal(cu_seq_lens_q, cu_seq_lens_k):

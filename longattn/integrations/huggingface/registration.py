@@ -15,13 +15,10 @@ def register() -> None:
     Raises:
         ImportError: transformers is not installed, or older than 5.17.
     """
-    try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import packed_sequence_compatibility_function, sdpa_mask  # noqa: F401
-    except ImportError as missing:
-        raise ImportError(
-            "longattn in Hugging Face models needs transformers >= 5.17: pip install longattn[hf]"
-        ) from missing
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.utils.versions import require_version
+
+    require_version("transformers>=5.17", "pip install longattn[hf]")
 
     from longattn.integrations.huggingface.attention import attention_forward
     from longattn.integrations.huggingface.visibility import visibility

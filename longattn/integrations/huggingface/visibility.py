@@ -67,7 +67,7 @@ class Visibility(Tensor):
         self._anchor = torch.empty(0, device=device) if _anchor is None else _anchor
         return self
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         terms = {name: getattr(self, name) for name in ("left", "right", *_TENSORS[:-1])}
         listing = ", ".join(f"{name}={_brief(term)}" for name, term in terms.items() if term is not None)
         return f"Visibility({list(self.shape)}, {listing})"
