@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -158,7 +157,7 @@ def packed(
         seed=_seed(seed, dropout_p, q.device),
     )
     problem = _problem(tensors, mask, batch, scale, softcap, rope, factor, dropout_p, deterministic)
-    return tensors, replace(problem, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    return tensors, problem._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
 
 
 def rotation(x: Tensor, rope: Rope, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -306,24 +305,27 @@ def _qkv(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[str]) -> tuple[Tensor, 
         if not isinstance(x, Tensor) or x.dim() != len(axes):
             raise InvalidInput(name, f"a tensor [{', '.join(axes)}]", _describe(x))
         _floating(name, x)
-        if x.device != q.device:
-            raise InvalidInput(name, f"device {q.device} as q", str(x.device))
+    device = q.device
+    for name, x in (("k", k), ("v", v)):
+        if x.device != device:
+            raise InvalidInput(name, f"device {device} as q", str(x.device))
     q, k, v = _autocast(q, k, v)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise InvalidInput(name, f"dtype {q.dtype} as q", str(x.dtype))
     heads = axes.index("heads")
-    q_heads, kv_heads = q.shape[heads], k.shape[heads]
-    if q.shape[-1] < 1:
+    q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+    q_heads, kv_heads = q_shape[heads], k_shape[heads]
+    if q_shape[-1] < 1:
         raise InvalidInput("q", "head_dim >= 1", "0")
-    if k.shape[-1] != q.shape[-1]:
-        raise InvalidInput("k", f"head_dim {q.shape[-1]} as q", f"shape {tuple(k.shape)}")
-    if v.shape[-1] < 1:
+    if k_shape[-1] != q_shape[-1]:
+        raise InvalidInput("k", f"head_dim {q_shape[-1]} as q", f"shape {k_shape}")
+    if v_shape[-1] < 1:
         raise InvalidInput("v", "head_dim >= 1", "0")
-    if v.shape[:-1] != k.shape[:-1]:
-        raise InvalidInput("v", f"k's shape {tuple(k.shape)} but for head_dim", f"shape {tuple(v.shape)}")
+    if v_shape[:-1] != k_shape[:-1]:
+        raise InvalidInput("v", f"k's shape {k_shape} but for head_dim", f"shape {v_shape}")
     if kv_heads < 1 or q_heads % kv_heads:
-        raise InvalidInput("q", f"a number of heads that is a multiple of k's {kv_heads}", f"shape {tuple(q.shape)}")
+        raise InvalidInput("q", f"a number of heads that is a multiple of k's {kv_heads}", f"shape {q_shape}")
     return _unit_stride(q), _unit_stride(k), _unit_stride(v)
 
 

@@ -29,6 +29,7 @@ _SCALARS = (
 )
 _DIFFERENTIABLE = Gradients._fields  # arguments of `attention` that have gradients, by name
 _DIFFERENTIABLE_AT = tuple(Tensors._fields.index(name) for name in _DIFFERENTIABLE)
+_MAY_REQUIRE_GRAD = {*_DIFFERENTIABLE, "dout", "dlse", "x", *(f"{name}_tangent" for name in _DIFFERENTIABLE)}
 _NUM_TENSORS = len(Tensors._fields)
 _NUM_SCALARS = _SCALARS.count(",") + 1
 
@@ -127,15 +128,19 @@ def _unflatten(args: tuple[Any, ...]) -> tuple[Tensors, Problem, str]:
 
 def _empty_laid_out_as(x: Tensor, width: int) -> Tensor:
     """An empty tensor of x's shape but for the last dimension, its dimensions in memory in x's order."""
-    strides = x.stride()
+    batch, heads, tokens, _ = x.shape
+    strides = x.stride()[:3]
+    if strides[0] >= strides[1] >= strides[2]:
+        return x.new_empty((batch, heads, tokens, width))
     order = sorted(range(3), key=lambda dim: -strides[dim])
-    return torch.empty_permuted((*x.shape[:3], width), (*order, 3), dtype=x.dtype, device=x.device)
+    return torch.empty_permuted((batch, heads, tokens, width), (*order, 3), dtype=x.dtype, device=x.device)
 
 
 def _empty_results(tensors: Tensors) -> tuple[Tensor, Tensor]:
     q = tensors.q
+    out = _empty_laid_out_as(q, tensors.v.shape[3])
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _empty_laid_out_as(q, tensors.v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return out, torch.empty(q.shape[:3], dtype=lse_dtype, device=q.device)
 
 
 def _empty_gradients(tensors: Tensors, wanted: list[bool]) -> Gradients:
@@ -287,15 +292,19 @@ def _autograd(function: type[torch.autograd.Function], op: Any) -> Callable[...,
     """The kernel at the Autograd key: through `function` where a gradient may be asked for, straight down otherwise."""
     # What PyTorch's own operators do: one level of derivatives. Function.apply would look for all levels at once.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    places = [at for at, argument in enumerate(op._schema.arguments) if argument.name in _MAY_REQUIRE_GRAD]
 
     def kernel(*args: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, args)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            if torch._C._are_functorch_transforms_active():
-                with enable_single_level_autograd_function():
+        if torch.is_grad_enabled():
+            for at in places:
+                x = args[at]
+                if x is not None and x.requires_grad:
+                    if torch._C._are_functorch_transforms_active():
+                        with enable_single_level_autograd_function():
+                            return apply(*args)
                     return apply(*args)
-            return apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

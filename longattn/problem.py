@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -53,8 +53,7 @@ FEATURES = (
 )
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """The metadata of one call. Hashable; a backend decides from it alone whether it can run the call."""
 
     batch: int
@@ -110,19 +109,19 @@ class Problem:
 
 def present_features(tensors: Tensors, softcap: float, dropout_p: float) -> tuple[str, ...]:
     """The features that a call uses, of FEATURES."""
-    used = {
-        "key_mask": tensors.key_mask is not None,
-        "key_lens": tensors.key_lens is not None,
-        "bounds": tensors.lo is not None,
-        "bias": tensors.bias is not None,
-        "softcap": softcap > 0.0,
-        "alibi_slopes": tensors.alibi_slopes is not None,
-        "sink_logits": tensors.sink_logits is not None,
-        "rope": tensors.inv_freq is not None,
-        "dropout": dropout_p > 0.0,
-        "varlen": tensors.cu_seqlens_q is not None,
-    }
-    return tuple([name for name in FEATURES if used[name]])
+    used = (
+        tensors.key_mask is not None,
+        tensors.key_lens is not None,
+        tensors.lo is not None,
+        tensors.bias is not None,
+        softcap > 0.0,
+        tensors.alibi_slopes is not None,
+        tensors.sink_logits is not None,
+        tensors.inv_freq is not None,
+        dropout_p > 0.0,
+        tensors.cu_seqlens_q is not None,
+    )
+    return tuple(compress(FEATURES, used))
 
 
 def check_sequences(tensors: Tensors, problem: Problem) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 from typing import Any
@@ -43,7 +42,7 @@ def test_of_a_dense_call() -> None:
         scale=1 / math.sqrt(8),
     )
     assert problem.group == 2 and not problem.varlen and problem.accumulate_dtype == torch.float32
-    assert hash(problem) == hash(dataclasses.replace(problem))
+    assert hash(problem) == hash(problem._replace())
     assert all(x is y for x, y in zip(tensors[:3], (q, k, v), strict=True))
     assert not any(x is not None for x in tensors[3:])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Iterator
 
@@ -68,11 +67,11 @@ def test_the_contracts_names_exist() -> None:
 def test_auto_takes_the_first_that_can(backends: tuple[str, ...]) -> None:
     assert registry.select(PROBLEM).name == "picky"
     with warnings.catch_warnings(record=True):
-        assert registry.select(dataclasses.replace(PROBLEM, head_dim=9)).name == "reference"
+        assert registry.select(PROBLEM._replace(head_dim=9)).name == "reference"
 
 
 def test_falling_to_the_reference_warns_once(backends: tuple[str, ...]) -> None:
-    wide = dataclasses.replace(PROBLEM, head_dim=9)
+    wide = PROBLEM._replace(head_dim=9)
     with pytest.warns(RuntimeWarning, match="absent: it is not installed; picky: head_dim is not 8, nor will it be"):
         registry.select(wide)
     with warnings.catch_warnings():
@@ -85,7 +84,7 @@ def test_a_named_backend_never_falls_back(backends: tuple[str, ...]) -> None:
     assert registry.select(PROBLEM, "reference").name == "reference"
     for name, why in (("absent", ["it is not installed"]), ("picky", ["head_dim is not 8", "nor will it be"])):
         with pytest.raises(Unsupported) as raised:
-            registry.select(dataclasses.replace(PROBLEM, head_dim=9), name)
+            registry.select(PROBLEM._replace(head_dim=9), name)
         assert raised.value.reasons == {name: why}
 
 
@@ -96,7 +95,7 @@ def test_an_unknown_name(backends: tuple[str, ...]) -> None:
 
 def test_no_backend_at_all(backends: tuple[str, ...]) -> None:
     with pytest.raises(Unsupported) as raised:
-        registry.select(dataclasses.replace(PROBLEM, head_dim=9, device="meta"))
+        registry.select(PROBLEM._replace(head_dim=9, device="meta"))
     assert list(raised.value.reasons) == list(backends)
     assert "Nq 2, Nk 2, D 9" in str(raised.value)
 
