@@ -16,6 +16,7 @@ from longattn.rope import Rope
 
 if TYPE_CHECKING:
     import longattn.compat as compat
+    import longattn.integrations as integrations
     import longattn.models as models
     import longattn.nn as nn
 
@@ -34,13 +35,14 @@ __all__ = [
     "attention_varlen",
     "compat",
     "explain",
+    "integrations",
     "merge_attention",
     "models",
     "nn",
     "scaling",
 ]
 
-_SUBPACKAGES = ("compat", "models", "nn")
+_SUBPACKAGES = ("compat", "integrations", "models", "nn")
 
 
 def __getattr__(name: str) -> Any:
