@@ -269,9 +269,9 @@ def flash_attn_with_kvcache(
         check_axes("k", k, (batch, "seqlen_new", *k_cache.shape[2:]))
         check_axes("v", v, (batch, k.shape[1], *v_cache.shape[2:]))
         added = k.shape[1]
-        for name, x in (("k", k), ("v", v)):
-            if x.dtype != k_cache.dtype:
-                raise InvalidInput(name, f"{k_cache.dtype} as k_cache", x.dtype)
+    for name, stored in (("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
+        if stored is not None and (stored.dtype != q.dtype or stored.device != q.device):
+            raise InvalidInput(name, f"{q.dtype} on {q.device} as q", f"{stored.dtype} on {stored.device}")
     lengths = _cache_lengths(cache_seqlens, batch, cache, added, q.device)
 
     if rotary_cos is not None or rotary_sin is not None:
