@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -239,3 +240,26 @@ def test_import_paths() -> None:
 
     assert at_top is in_interface is longattn.compat.flash_attn.flash_attn_func
     assert apply_rotary_emb is apply_rotary_emb_func
+
+
+def test_a_program_that_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    for submodule in ("bert_padding", "flash_attn_interface", "layers"):
+        monkeypatch.setattr(flash_attn, submodule, getattr(flash_attn, submodule))  # the imports bind these names anew
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
+    known = set(sys.modules)
+    names: dict[str, Any] = {}
+    exec(
+        "from flash_attn import flash_attn_func\n"
+        "from flash_attn.flash_attn_interface import flash_attn_varlen_func\n"
+        "from flash_attn.layers.rotary import apply_rotary_emb\n"
+        "from flash_attn.bert_padding import unpad_input\n",
+        names,
+    )
+    assert names["flash_attn_func"] is flash_attn.flash_attn_func
+    q = torch.randn(1, 3, 2, 8)
+    tokens, _, cu_seqlens, longest, _ = names["unpad_input"](q, torch.ones(1, 3, dtype=torch.bool))
+    out = names["flash_attn_varlen_func"](tokens, tokens, tokens, cu_seqlens, cu_seqlens, longest, longest)
+    torch.testing.assert_close(out[None], flash_attn.flash_attn_func(q, q, q))
+    for name in set(sys.modules) - known:
+        if name.startswith("flash_attn."):
+            del sys.modules[name]
