@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import longattn
-from longattn.integrations.huggingface import register
 from integrations.tiny_models import ALL, DECODERS, ENCODERS, SEQ2SEQ, VOCABULARY, inputs, tiny
+from longattn.integrations.huggingface import register
 
 hf.logging.set_verbosity_error()
 

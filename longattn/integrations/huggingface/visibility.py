@@ -89,9 +89,9 @@ class Visibility(Tensor):
         aten = torch.ops.aten
         mask = args[0]
         if function in (aten.detach.default, aten.alias.default, aten.clone.default):
-            return mask._map(lambda x: function(x), mask.device)
+            return mask._map(function, mask.device)
         if function is aten.slice.Tensor and _is_whole(mask, *args[1:]):
-            return mask
+            return mask._map(aten.alias.default, mask.device)
         if function is aten._to_copy.default and (kwargs or {}).get("dtype", torch.bool) == torch.bool:
             device = (kwargs or {}).get("device") or mask.device
             return mask._map(lambda x: x.to(device), device)
