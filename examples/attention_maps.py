@@ -111,6 +111,7 @@ def draw_document(model: Any, ids: Tensor, path: Path, rows: int = 16) -> Tensor
     """
     layers = model.config.num_hidden_layers
     n = len(ids)
+    end = n + -n % stretch(n)
     queries = [(at + 1) * n // rows - 1 for at in range(rows)]
     mass, entropy = torch.zeros(layers, n), torch.zeros(layers)
     seen_from = torch.zeros(rows, n)
@@ -126,14 +127,14 @@ def draw_document(model: Any, ids: Tensor, path: Path, rows: int = 16) -> Tensor
     (above, beside), (below, unused) = figure.subplots(2, 2, width_ratios=(8, 1), height_ratios=(3, 2))
     unused.set_axis_off()
     look_of_maps: dict[str, Any] = {"norm": COLOURS, "cmap": "magma", "aspect": "auto", "interpolation": "nearest"}
-    above.imshow(in_columns(mass / n).numpy(), extent=(0, n, layers, 0), **look_of_maps)
+    above.imshow(in_columns(mass / n).numpy(), extent=(0, end, layers, 0), **look_of_maps)
     above.set_title("share of all attention that a stretch of keys receives, mean of the heads", fontsize=10)
     above.set_ylabel("layer")
     beside.plot(entropy.exp().tolist(), [layer + 0.5 for layer in range(layers)])
     beside.set_title("keys looked at\n(exp of entropy)", fontsize=10)
     beside.set_ylim(layers, 0)
     beside.set_xlim(left=0)
-    image = below.imshow(in_columns(seen_from).numpy(), extent=(0, n, rows, 0), **look_of_maps)
+    image = below.imshow(in_columns(seen_from).numpy(), extent=(0, end, rows, 0), **look_of_maps)
     below.set_title(f"weights of {rows} queries of layer {layers // 2 + 1}, mean of the heads", fontsize=10)
     below.set_xlabel("key")
     below.set_ylabel("query")
@@ -143,11 +144,15 @@ def draw_document(model: Any, ids: Tensor, path: Path, rows: int = 16) -> Tensor
     return mass.mean(0)
 
 
+def stretch(n: int) -> int:
+    """The keys that share a column."""
+    return -(-n // COLUMNS)
+
+
 def in_columns(x: Tensor) -> Tensor:
-    """x [R, N] summed over at most COLUMNS equal stretches of N."""
-    width = -(-x.shape[1] // COLUMNS)
-    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % width))
-    return padded.unflatten(1, (-1, width)).sum(2)
+    """x [R, N] summed over equal stretches of N; what is missing of the last counts 0."""
+    n = x.shape[1]
+    return torch.nn.functional.pad(x, (0, -n % stretch(n))).unflatten(1, (-1, stretch(n))).sum(2)
 
 
 def the_document(path: Path | None) -> str:
