@@ -88,19 +88,76 @@ def test_bad_sequences_are_refused_in_a_graph() -> None:
         attend(q, k, v, cu_q.flip(0), cu_k, max_q, max_k)
 
 
-@pytest.mark.parametrize("rope", [None, Rope(8)], ids=["plain", "rope"])
+def lengths(batch: int, nk: int) -> Tensor:
+    return torch.randint(1, nk + 1, (batch,), dtype=torch.int32)
+
+
+DYNAMIC: dict[str, Callable[[int, int, int], dict[str, Any]]] = {
+    "window, rope": lambda batch, nq, nk: {"causal": True, "window": 9, "sinks": 2, "rope": Rope(8)},
+    "key_lens, positions": lambda batch, nq, nk: {
+        "key_lens": lengths(batch, nk),
+        "rope": Rope(8),
+        "positions": (torch.arange(nq), torch.rand(batch, nk)),
+    },
+    "bounds, bias": lambda batch, nq, nk: {
+        "bounds": (torch.zeros(batch, nq).int(), lengths(nq, nk).expand(batch, nq)),
+        "bias": torch.randn(nq, nk),
+        "key_mask": torch.rand(batch, nk) < 0.8,
+    },
+}
+
+
+@pytest.mark.parametrize("call", DYNAMIC)
 @pytest.mark.parametrize("backend", backend_names())
-def test_dynamic_shapes(backend: str, rope: Rope | None) -> None:
+def test_dynamic_shapes(backend: str, call: str) -> None:
     """One graph for every batch and length. Sizes that are equal in the first call would be taken for one."""
+    keywords: dict[str, Any] = {}
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return longattn.attention(q, k, v, causal=True, window=9, rope=rope, return_lse=True, backend=backend)
+        return longattn.attention(q, k, v, **keywords, return_lse=True, backend=backend)
+
+    graph = compiled(lambda q, k, v, **named: longattn.attention(q, k, v, **named), dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, nq, nk in ((3, 19, 23), (5, 30, 41), (2, 7, 300)):
+            keywords = DYNAMIC[call](batch, nq, nk)
+            named = keywords | {"return_lse": True, "backend": backend}
+            check(attend, lambda *tensors: graph(*tensors, **named), random_qkv(batch, (4, 2), (nq, nk), 8))  # noqa: B023
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("backend", backend_names())
+def test_dynamic_varlen(backend: str) -> None:
+    """One graph for every number of sequences and tokens, and for every greatest length."""
+
+    def attend(*packed: Any) -> tuple[Tensor, Tensor]:
+        return longattn.attention_varlen(*packed, causal=True, window=7, rope=Rope(8), return_lse=True, backend=backend)
 
     graph = compiled(attend, dynamic=True)
-    for batch, nq, nk in ((3, 19, 23), (5, 30, 41), (3, 7, 50)):
-        check(attend, graph, random_qkv(batch, (4, 2), (nq, nk), 8))
-    frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert frames == 1, f"{frames} graphs"
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths_q, lengths_k in (((5, 2, 12), (7, 3, 14)), ((9, 30), (11, 31)), ((2, 3, 4, 5), (5, 3, 4, 9))):
+            q, k, v, *rest = random_packed(lengths_q, lengths_k, widths=(8, 6))
+            check(
+                lambda *tensors: attend(*tensors, *rest),  # noqa: B023
+                lambda *tensors: graph(*tensors, *rest),  # noqa: B023
+                (q, k, v),
+            )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("backend", backend_names(native=True))
+def test_marked_dynamic(backend: str) -> None:
+    """Only the length varies, and is said to: torch raises where a graph would fix it."""
+
+    def attend(x: Tensor) -> tuple[Tensor, Tensor]:
+        return longattn.attention(x, x, x, causal=True, window=9, rope=Rope(8), return_lse=True, backend=backend)
+
+    graph = compiled(attend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (19, 64, 1000):
+            x = torch.randn(1, 2, n, 8)
+            torch._dynamo.mark_dynamic(x, 2)
+            for got, expected in zip(graph(x), attend(x), strict=True):
+                assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("backend", backend_names())

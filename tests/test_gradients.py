@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import longattn
-from helpers import backend_names, random_packed, random_qkv, require, require_packed
+from helpers import backend_names, backend_params, random_packed, random_qkv, require, require_packed
 from longattn import Rope
 
 F64 = torch.float64
@@ -186,22 +187,46 @@ def test_no_graph_without_need(backend: str) -> None:
         assert longattn.attention(q, k, v, backend=backend).is_inference()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("backend", backend_names())
-def test_checkpointing_recomputes_the_same(backend: str) -> None:
+def test_checkpointing_recomputes_the_same(backend: str, reentrant: bool) -> None:
+    """Dropout too: its seed is drawn from torch's generator, whose state checkpointing keeps."""
     from torch.utils.checkpoint import checkpoint
 
     tensors = random_qkv(2, (4, 2), (19, 23), (16, 9))
 
     def gradients(wrapped: bool) -> tuple[Tensor, ...]:
         q, k, v = (x.clone().requires_grad_() for x in tensors)
+        torch.manual_seed(7)
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return longattn.attention(q, k, v, causal=True, rope=Rope(16), backend=backend)
+            return longattn.attention(q, k, v, causal=True, rope=Rope(16), dropout_p=0.3, backend=backend)
 
-        out = checkpoint(call, q, k, v, use_reentrant=False) if wrapped else call(q, k, v)
-        return torch.autograd.grad(out.square().sum(), (q, k, v))
+        out = checkpoint(call, q, k, v, use_reentrant=reentrant) if wrapped else call(q, k, v)
+        torch.rand(3)  # moves the generator on
+        out.square().sum().backward()
+        return q.grad, k.grad, v.grad
 
     assert all(torch.equal(x, y) for x, y in zip(gradients(False), gradients(True), strict=True))
+
+
+@pytest.mark.parametrize("backend, dtype", backend_params((torch.float32, torch.bfloat16)))
+def test_deterministic_is_bitwise(backend: str, dtype: torch.dtype, set_threads: Callable[[int], None]) -> None:
+    """Over repeats and numbers of threads, with every feature whose sums threads share."""
+    tensors = random_qkv(2, (4, 2), (150, 170), (24, 17), dtype)
+    parameters = {"bias": torch.randn(1, 4, 1, 170), "alibi_slopes": torch.rand(4), "sink_logits": torch.randn(4)}
+    keywords: dict[str, Any] = {"causal": True, "rope": Rope(24), "softcap": 2.0, "dropout_p": 0.2, "seed": 3}
+
+    def results(threads: int) -> tuple[Tensor, ...]:
+        set_threads(threads)
+        leaves = [x.clone().requires_grad_() for x in (*tensors, *parameters.values())]
+        named = dict(zip(("q", "k", "v", *parameters), leaves, strict=True))
+        out, lse = longattn.attention(**named, **keywords, deterministic=True, return_lse=True, backend=backend)
+        return out, lse, *torch.autograd.grad((out.float().square().sum() + lse.sum()), leaves)
+
+    expected = results(1)
+    for threads in (1, 2, 2, 3, 5):
+        assert all(torch.equal(x, y) for x, y in zip(results(threads), expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", backend_names())
