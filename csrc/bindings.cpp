@@ -175,8 +175,12 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "peak_gflops",
-      [](int32_t dtype, int64_t threads) { return longattn::peak_gflops(static_cast<DType>(dtype), threads); }, release,
-      "Measured peak of products in float32 (0), float64 (1) or bfloat16 (2); 0 without an instruction of their own.");
+      [](int32_t dtype, int64_t threads, const std::string& isa) {
+        return longattn::peak_gflops(static_cast<DType>(dtype), threads, isa);
+      },
+      release, py::arg("dtype"), py::arg("threads"), py::arg("isa") = "",
+      "Measured peak of an instruction set's products in float32 (0), float64 (1) or bfloat16 (2); 0 without an "
+      "instruction of their own.");
 
   // For the cross-test with longattn/mask.py; -1: unbounded.
   m.def("mask_allows", [](int64_t left, int64_t right, int64_t sinks, int64_t position, int64_t key) {

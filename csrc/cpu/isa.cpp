@@ -88,19 +88,23 @@ std::vector<Isa> built() {
   return list;
 }
 
-Isa choose() {
-  const char* wanted = std::getenv("LONGATTN_CPU_ISA");
+// The fastest that is usable if no name is wanted.
+Isa find(const char* argument, const std::string& wanted) {
   std::string names;
   for (const Isa& isa : built()) {
     if (!isa.usable) continue;
-    if (!wanted || !*wanted || std::string(wanted) == isa.name) return isa;
+    if (wanted.empty() || wanted == isa.name) return isa;
     names += (names.empty() ? "" : ", ") + std::string(isa.name);
   }
-  throw InvalidInput("LONGATTN_CPU_ISA", "one of " + names, wanted ? wanted : "none usable");
+  throw InvalidInput(argument, "one of " + names, wanted);
 }
 
 const Isa& chosen() {
-  static const Isa isa = choose();
+  constexpr const char* kVariable = "LONGATTN_CPU_ISA";
+  static const Isa isa = [] {
+    const char* wanted = std::getenv(kVariable);
+    return find(kVariable, wanted ? wanted : "");
+  }();
   return isa;
 }
 
@@ -109,6 +113,8 @@ const Isa& chosen() {
 const Kernels& kernels() { return *chosen().table; }
 
 std::string isa() { return chosen().name; }
+
+const Kernels& kernels(const std::string& name) { return name.empty() ? kernels() : *find("isa", name).table; }
 
 std::vector<std::string> usable_isas() {
   std::vector<std::string> names;

@@ -10,9 +10,9 @@
 
 namespace longattn {
 
-double peak_gflops(DType dtype, int64_t threads) {
+double peak_gflops(DType dtype, int64_t threads, const std::string& name) {
   if (threads < 1 || threads > 4096) throw InvalidInput("threads", "1 to 4096", std::to_string(threads));
-  const Kernels& isa = kernels();
+  const Kernels& isa = kernels(name);
   if (isa.burst(dtype, 1) == 0.0) return 0.0;
   using Clock = std::chrono::steady_clock;
   constexpr int64_t kRounds = 200000;
