@@ -10,7 +10,7 @@ import torch
 Call = Callable[[], object]
 Clock = Callable[[Call], float]
 
-_MIN_ROUNDS = 3
+_MIN_ROUNDS = 5
 
 
 def make_clock(device: str) -> Clock:
@@ -23,7 +23,7 @@ def in_turn(calls: Sequence[Call], clock: Clock, rounds: int, seconds: float) ->
 
     Args:
         rounds: how many, at most.
-        seconds: no further round starts after this long, except that there are at least 3 (or `rounds` if less).
+        seconds: no further round starts after this long, except that there are at least 5 (or `rounds` if less).
     """
     samples: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()

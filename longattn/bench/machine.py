@@ -23,6 +23,7 @@ except ImportError:  # built without a compiler, or not built at all
 
 # What torch.cpu.get_capabilities says of the instructions that matrix products are made of.
 _EXTENSIONS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "bf16", "sve", "i8mm")
+_FLOAT32, _FLOAT64, _BFLOAT16 = range(3)  # as csrc/include/longattn/params.h numbers them
 _LOAD_THAT_DISTURBS = 0.25  # processes that want to run, per core
 
 
@@ -35,7 +36,8 @@ class Machine:
         extensions: instruction sets for arithmetic that the processor has.
         isa: the instruction set of our kernels; None without them.
         load: processes that wanted to run in the last minute, when the measurement began; None where unknown.
-        peaks: by dtype, the most floating-point operations a second, measured; empty where that is not possible.
+        peaks: by dtype, the most floating-point operations a second, measured; by VDPBF16PS that of this instruction,
+            which is not what bfloat16 runs on where the processor has AMX. Empty where that is not possible.
     """
 
     device: str
@@ -113,9 +115,11 @@ def _cpu_peaks(threads: int) -> dict[str, float]:
     measure = getattr(_native, "peak_gflops", None)
     if measure is None:
         return {}
-    single, double, bf16 = (measure(dtype, threads) * 1e9 for dtype in range(3))
+    single, double, bf16 = (measure(dtype, threads) * 1e9 for dtype in (_FLOAT32, _FLOAT64, _BFLOAT16))
     peaks = {"float32": single, "float64": double, "bfloat16": bf16 or single, "float16": single}
-    return {dtype: peak for dtype, peak in peaks.items() if peak}
+    if "avx512_bf16" in _native.isas():
+        peaks["VDPBF16PS"] = measure(_BFLOAT16, threads, "avx512_bf16") * 1e9
+    return {name: peak for name, peak in peaks.items() if peak}
 
 
 def _gpu_peaks() -> dict[str, float]:

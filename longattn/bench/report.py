@@ -48,6 +48,13 @@ class Result:
         """The case's work by the median: operations or bytes a second."""
         return self.case.work / self.median
 
+    def speedup(self, other: Result) -> float:
+        """How many times as fast as another contender of the case: the median of the rounds' ratios.
+
+        A round runs both within moments, so what slows the machine for a while cancels.
+        """
+        return median(theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True))
+
     @property
     def agrees(self) -> bool:
         """Whether it computed what ours did."""
@@ -81,20 +88,21 @@ class Report:
         """The results of those that ran, of one role if given."""
         return [x for x in self.of(case) if x.seconds and role in (None, x.role)]
 
-    def best_peer(self, case: Case) -> Result | None:
-        """The quickest peer that ran and agreed with us."""
-        return min((x for x in self.ran(case, "peer") if x.agrees), key=lambda x: x.median, default=None)
+    def best_peer(self, case: Case, name: str = "") -> Result | None:
+        """The quickest peer that ran and agreed with us, of those whose names start with `name`."""
+        right = (x for x in self.ran(case, "peer") if x.agrees and x.contender.startswith(name))
+        return min(right, key=lambda x: x.median, default=None)
 
     def ratio(self, result: Result) -> float | None:
-        """How many times as fast as the best peer, by medians; None without a peer."""
+        """How many times as fast as the best peer; None without a peer."""
         best = self.best_peer(result.case)
-        return None if best is None else best.median / result.median
+        return None if best is None else result.speedup(best)
 
     def share(self, result: Result) -> float | None:
         """Of what this machine can do: its measured peak, or the baseline's speed where bandwidth is the bound."""
         if result.case.bound == "bandwidth":
             baselines = self.ran(result.case, "baseline")
-            return baselines[0].median / result.median if baselines else None
+            return result.speedup(baselines[0]) if baselines else None
         peak = self.machine.peaks.get(result.case.dtype)
         return None if peak is None else result.rate / peak
 

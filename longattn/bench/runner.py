@@ -18,25 +18,25 @@ from longattn.bench.report import Report, Result
 
 Watch = Callable[[int, str], None]  # told how many cases are done, and what happens now
 
-_SECONDS = 3.0  # no further round of a case starts after this long
+_SECONDS = 1.5  # no further round of a case starts after this long
 
 
 def run(
     cases: Sequence[Case],
     *,
-    rounds: int = 10,
+    rounds: int = 50,
     threads: int | None = None,
-    compiled: bool = True,
-    memory: bool = True,
+    takes_part: Callable[[Case, Contender], bool] = lambda case, contender: True,
+    memory: Callable[[Case], bool] = lambda case: True,
     watch: Watch = lambda done, what: None,
 ) -> Report:
     """Measure all contenders of the cases, which are of one device.
 
     Args:
-        rounds: of a case, at most; a slow case gets fewer, but 3.
+        rounds: of a case, at most; a slow case gets fewer, but 5.
         threads: of the CPU, for all contenders; torch's number by default.
-        compiled: whether contenders that take a compiler take part.
-        memory: whether to measure it.
+        takes_part: whether a contender runs in a case.
+        memory: whether to measure that of a case.
         watch: called before each step.
     """
     device = cases[0].device if cases else "cpu"
@@ -48,8 +48,8 @@ def run(
         with PeakMemory(device, count) as peak:
             for done, case in enumerate(cases):
                 watch(done, case.name)
-                entrants = [contender for contender in contenders(case) if compiled or not contender.compiled]
-                results += _measure(case, entrants, clock, rounds, peak if memory else None)
+                entrants = [contender for contender in contenders(case) if takes_part(case, contender)]
+                results += _measure(case, entrants, clock, rounds, peak if memory(case) else None)
         watch(len(cases), "done")
     return Report(machine, tuple(results))
 

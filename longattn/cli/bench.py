@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -37,7 +38,7 @@ _STYLES = {"ours": "bold green", "peer": "", "baseline": "dim"}
 @click.option("--quick", is_flag=True, help="Tiny sizes and nothing compiled: that it runs, not how fast.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of the CPU, for everyone; torch's number by default.")
 @click.option(
-    "--repeats", type=click.IntRange(min=1), default=10, show_default=True, help="Rounds; slow cases get fewer, 3."
+    "--repeats", type=click.IntRange(min=1), default=50, show_default=True, help="Rounds; slow cases get fewer, 5."
 )
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Measure peak memory, too.")
 @click.option(
@@ -61,14 +62,20 @@ def bench(
 ) -> None:
     """Measure speed and memory against every attention that is installed.
 
-    All run in one process, in turn, on the same tensors; times are medians, and a ratio above 1 means quicker than the
-    best peer. Peak memory is what one call needs beyond its inputs and outputs.
+    All run in one process, in turn, on the same tensors. Times and ratios are medians over the rounds; a ratio above 1
+    means quicker than the best peer. Peak memory is what one call needs beyond its inputs and outputs.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("torch sees no GPU", param_hint="--device")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cases = make_cases(sets or SETS, dtypes, device, quick)
-    report = run_with_progress(cases, rounds=repeats, threads=threads, compiled=not quick, memory=memory)
+    report = run_with_progress(
+        cases,
+        rounds=repeats,
+        threads=threads,
+        takes_part=lambda case, contender: not (quick and contender.compiled),
+        memory=lambda case: memory,
+    )
 
     out.mkdir(parents=True, exist_ok=True)
     report.write(out / "bench.json")
@@ -85,7 +92,7 @@ def bench(
         console.print("no plots: matplotlib is not installed (pip install longattn\\[plot])")
 
 
-def run_with_progress(cases: list[Case], *, rounds: int, threads: int | None, compiled: bool, memory: bool) -> Report:
+def run_with_progress(cases: list[Case], **options: Any) -> Report:
     """`longattn.bench.run` under a progress bar on the error stream."""
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -94,7 +101,7 @@ def run_with_progress(cases: list[Case], *, rounds: int, threads: int | None, co
         def watch(done: int, what: str) -> None:
             progress.update(task, completed=done, description=what)
 
-        return run(cases, rounds=rounds, threads=threads, compiled=compiled, memory=memory, watch=watch)
+        return run(cases, watch=watch, **options)
 
 
 def show(report: Report, console: Console) -> None:
@@ -105,7 +112,8 @@ def show(report: Report, console: Console) -> None:
         console.print(report.machine.warning, style="yellow")
     console.print(
         "limit: this machine's measured peak; where bandwidth is the bound, a plain read or copy of the same bytes.\n"
-        "ratio: the best peer's time by this one's. memory: the peak of one call beyond its inputs and outputs."
+        "ratio: the best peer's time by this one's, the median over the rounds.\n"
+        "memory: the peak of one call beyond its inputs and outputs."
     )
     for name, cases in report.by_set():
         console.print()

@@ -43,12 +43,20 @@ def report() -> Report:
     return Report(_MACHINE, _results(_case(8)) + _results(_case(16)))
 
 
-def test_ratios_are_of_medians_to_the_best_peer_that_is_right(report: Report) -> None:
+def test_ratios_are_to_the_best_peer_that_is_right(report: Report) -> None:
     ours, slow, quick, _, _ = report.of(_case(8))
     assert ours.median == 2e-3
-    best = report.best_peer(_case(8))
+    best, slowest = report.best_peer(_case(8)), report.best_peer(_case(8), "sl")
     assert best is not None and best.contender == "quick"
+    assert slowest is not None and slowest.contender == "slow"
     assert [report.ratio(result) for result in (ours, slow, quick)] == pytest.approx([1.5, 0.6, 1.0])
+
+
+def test_what_slows_a_round_cancels_in_ratios() -> None:
+    case = _case()
+    ours = Result(case, "longattn", "ours", (1.0, 10.0, 1.2, 20.0))
+    peer = Result(case, "theirs", "peer", (2.0, 20.0, 2.4, 40.0))
+    assert ours.speedup(peer) == pytest.approx(2.0)
 
 
 def test_a_share_is_of_the_peak_or_of_the_baseline(report: Report) -> None:
