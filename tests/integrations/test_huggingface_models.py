@@ -151,7 +151,7 @@ def test_training_with_checkpointing_and_dropout(reentrant: bool) -> None:
         return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
     plain = gradients()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     checkpointed = gradients()
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
     model.eval()
