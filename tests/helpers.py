@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +46,18 @@ def backend_names(native: bool = False) -> list[Any]:
         pytest.param(param.values[0], marks=param.marks, id=param.values[0])
         for param in backend_params((torch.float32,), native)
     ]
+
+
+def drawn(*axes: Iterable[Any], rounds: int = 1) -> list[tuple[Any, ...]]:
+    """In place of all combinations: random ones in which each value occurs, that of the longest axis `rounds` times."""
+    values = [list(axis) for axis in axes]
+    count = rounds * max(map(len, values))
+    generator = random.Random(0)
+    columns = []
+    for axis in values:
+        column = (axis * -(-count // len(axis)))[:count]
+        columns.append(generator.sample(column, count))
+    return list(zip(*columns, strict=True))
 
 
 def require(backend: str, q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> None:

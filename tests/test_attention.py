@@ -15,6 +15,7 @@ from helpers import (
     backend_names,
     backend_params,
     check_attention,
+    drawn,
     laid_out,
     memory_order,
     random_qkv,
@@ -62,9 +63,7 @@ HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (3, 1)}
 MASKS: dict[str, dict[str, Any]] = {"full": {}, "causal": {"causal": True}, "local": {"window": (57, 31)}}
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("lengths", FLASH_SHAPES, ids=str)
+@pytest.mark.parametrize("lengths, heads, mask", drawn(FLASH_SHAPES, HEADS, MASKS, rounds=2), ids=str)
 @pytest.mark.parametrize("backend, dtype", backend_params(HALF_AND_FULL, slow=False))
 def test_flash_attention_shapes(
     backend: str, dtype: torch.dtype, lengths: tuple[int, int], heads: str, mask: str
@@ -73,8 +72,7 @@ def test_flash_attention_shapes(
     check_attention(q, k, v, backend=backend, **MASKS[mask])
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("lengths", FLASH_SHAPES, ids=str)
+@pytest.mark.parametrize("lengths, mask", drawn(FLASH_SHAPES, MASKS), ids=str)
 def test_flash_attention_shapes_on_the_reference(lengths: tuple[int, int], mask: str) -> None:
     q, k, v = random_qkv(1, (2, 1), lengths, 64)
     check_attention(q, k, v, backend="reference", **MASKS[mask])

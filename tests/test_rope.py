@@ -267,13 +267,21 @@ def weigh(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     return rope.rotate(x, torch.arange(x.shape[0]), x.shape[0]) * inv_freq.sum() * attention_factor
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @scalings
-def test_compiles_whole(scaling, backend):
+def test_compiles_whole(scaling):
     torch._dynamo.reset()
-    compiled = torch.compile(weigh, backend=backend, fullgraph=True)
-    for rope in (Rope(8, scaling=scaling), Rope(8, 500.0, scaling, interleaved=True)):
-        for n in (3, 8, 9, 20, 21, 22, 23, 40, 41, 42, 43):
+    compiled = torch.compile(weigh, backend="eager", fullgraph=True)
+    rope = Rope(8, 500.0, scaling, interleaved=True)
+    for n in (3, 8, 9, 20, 21, 22, 23, 40, 41, 42, 43):
+        x = torch.randn(n, 8)
+        assert torch.equal(compiled(x, rope), weigh(x, rope))
+
+
+def test_compiles_for_autograd():
+    torch._dynamo.reset()
+    compiled = torch.compile(weigh, backend="aot_eager", fullgraph=True)
+    for rope in (Rope(8), Rope(8, scaling=LONGROPE)):
+        for n in (3, 20, 41):
             x = torch.randn(n, 8)
             assert torch.equal(compiled(x, rope), weigh(x, rope))
 
@@ -361,7 +369,7 @@ def rope_parameters(draw: st.DrawFn, rope_type: str, pairs: int) -> dict[str, An
 
 
 @pytest.mark.parametrize("rope_type", ["default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"])
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_from_hf_agrees(hf, rope_type, data):
     heads, pairs = data.draw(st.integers(1, 8)), data.draw(st.integers(2, 64))

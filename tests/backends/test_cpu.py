@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,32 +24,11 @@ from longattn.problem import Problem, Tensors
 MISSING = cpu.CpuBackend().unavailable()
 pytestmark = [pytest.mark.native, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
 
-HERE = Path(__file__).resolve().parent
 PACKAGE = Path(longattn.__file__).resolve().parent.parent
-
-
-def in_a_process(*command: str, **variables: str) -> str:
-    """The output of Python on `command`, importing the same package; fails with what it printed."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGE), str(HERE.parent)])} | variables
-    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 def test_the_widest_instruction_set_is_taken() -> None:
     assert cpu.native().isa() == os.environ.get("LONGATTN_CPU_ISA", cpu.native().isas()[0])
-
-
-def test_an_unknown_instruction_set_is_refused() -> None:
-    script = """
-    import torch, longattn
-    q = torch.zeros(1, 1, 2, 8)
-    try:
-        longattn.attention(q, q, q, backend="cpu")
-    except longattn.InvalidInput as error:
-        print(error)
-    """
-    assert "LONGATTN_CPU_ISA: expected one of" in in_a_process("-c", textwrap.dedent(script), LONGATTN_CPU_ISA="mmx")
 
 
 SUPPORTED: dict[str, dict[str, Any]] = {
@@ -169,60 +147,6 @@ def test_calls_from_several_python_threads() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert failures == []
-
-
-FORKS = """
-import os, sys, torch
-import longattn
-
-torch.manual_seed(0)
-torch.set_num_threads(2)
-q, k, v = (torch.randn(2, 4, 96, 16, requires_grad=True) for _ in range(3))
-
-def call():
-    out = longattn.attention(q, k, v, causal=True, backend="cpu")
-    return (out, *torch.autograd.grad(out.sum(), (q, k, v)))
-
-def same(expected):
-    return all(torch.equal(x, y) for x, y in zip(call(), expected))
-
-def forked(work):
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if work() else 3)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-if sys.argv[1] == "used":  # threads run when the process forks
-    expected = call()
-    assert forked(lambda: same(expected) and same(expected) and forked(lambda: same(expected)))
-    assert same(expected)
-else:
-    assert forked(lambda: same(call()))
-    call()
-print("done")
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("pool", ["used", "unused"])
-def test_forked_processes_compute(pool: str) -> None:
-    assert in_a_process("-c", FORKS, pool) == "done\n"
-
-
-def test_multiprocessing_workers_compute() -> None:
-    script = """
-    import multiprocessing, torch, longattn
-    q = torch.randn(2, 4, 64, 16)
-
-    def call(index):
-        return longattn.attention(q, q, q, causal=True, backend="cpu").sum().item()
-
-    expected = call(0)
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map(call, range(6)) == [expected] * 6
-    print("done")
-    """
-    assert in_a_process("-c", textwrap.dedent(script)) == "done\n"
 
 
 def test_blocks_outside_the_band_are_never_read() -> None:
@@ -465,20 +389,77 @@ def test_bad_rope_parameters(name: str, value: Any) -> None:
         cpu.native().rope(params)
 
 
-LINEAR = """
-import resource, torch, longattn
-n = 16384
-q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
-small = tuple(x[:, :, :128] for x in (q, k, v))
-longattn.attention(*small, backend="cpu").sum().backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-longattn.attention(q, k, v, causal=True, backend="cpu").sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+# ---- Processes. ----
+
+# Each function runs in a fork of a process that has loaded the library and not used it.
+SCENARIOS = """
+import multiprocessing, os, resource, sys, torch
+import longattn
+
+def call(*shape):
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    q, k, v = (torch.randn(*shape, requires_grad=True) for _ in range(3))
+    out = longattn.attention(q, k, v, causal=True, backend="cpu")
+    return out, *torch.autograd.grad(out.sum(), (q, k, v))
+
+def same(expected):
+    return all(torch.equal(x, y) for x, y in zip(call(2, 4, 96, 16), expected))
+
+def in_a_fork(work):
+    child = os.fork()
+    if child == 0:
+        done = False
+        try:
+            done = work()
+        finally:
+            os._exit(0 if done else 3)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+def forks_compute():  # whose parent has threads that run when it forks
+    expected = call(2, 4, 96, 16)
+    return in_a_fork(lambda: same(expected) and same(expected) and in_a_fork(lambda: same(expected))) and same(expected)
+
+def forks_of_an_unused_library_compute():
+    return in_a_fork(lambda: same(call(2, 4, 96, 16))) and same(call(2, 4, 96, 16))
+
+def total(index):
+    return call(2, 4, 64, 16)[0].sum().item()
+
+def multiprocessing_workers_compute():
+    expected = total(0)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.map(total, range(6)) == [expected] * 6
+
+def an_unknown_instruction_set_is_refused():
+    os.environ["LONGATTN_CPU_ISA"] = "mmx"
+    try:
+        call(1, 1, 2, 8)
+    except longattn.InvalidInput as error:
+        return "LONGATTN_CPU_ISA: expected one of" in str(error)
+
+def memory_is_linear():  # a row block of scores fits, the matrix takes 1.1 GB
+    call(1, 1, 128, 16)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call(1, 1, 16384, 16)
+    risen = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return risen < 100 * 1024  # KiB
+
+print([name for name in sys.argv[1:] if not in_a_fork(globals()[name])])
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts memory in Linux's units")
-@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer keeps memory of its own")
-def test_memory_is_linear() -> None:
-    """16384 queries and keys: a row block of float32 scores fits, the matrix takes 1.1 GB."""
-    assert int(in_a_process("-c", LINEAR)) < 100 * 1024  # KiB
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, and counts memory in Linux's units")
+def test_processes() -> None:
+    scenarios = [
+        "forks_compute",
+        "forks_of_an_unused_library_compute",
+        "multiprocessing_workers_compute",
+        "an_unknown_instruction_set_is_refused",
+    ]
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # it keeps memory of its own
+        scenarios.append("memory_is_linear")
+    path = os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", SCENARIOS, *scenarios]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), f"{done.stdout}\n{done.stderr}"

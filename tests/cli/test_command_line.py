@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -41,9 +40,12 @@ def test_version_and_help() -> None:
         assert result.exit_code == 0 and "Usage: " in result.output
 
 
-def test_runs_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "longattn", "--version"], capture_output=True, text=True)
-    assert done.stdout == f"longattn, version {__version__}\n", done.stderr
+def test_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["longattn", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("longattn", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"longattn, version {__version__}\n"
 
 
 def test_info_tells_versions_and_every_backend() -> None:

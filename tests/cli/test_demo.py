@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from longattn.cli import main
 from longattn.cli.demo import Plan
+from longattn.evaluation import attention_calls, cost
 
 
-def test_quick_demo_end_to_end(tmp_path: Path) -> None:
+def measure_here(prepare: str, arguments: dict[str, Any], threads: int | None) -> cost.Cost:
+    """What `measure` does, without a process of its own: test_cost.py runs those."""
+    return cost._measure_here(attention_calls.prepare(**arguments))
+
+
+def test_quick_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_calls, "measure", measure_here)
+    monkeypatch.setattr(cost, "_REPEAT_FOR", 0.0)
     out = tmp_path / "results"
     result = CliRunner().invoke(main, ["demo", "--quick", "--out", str(out)])
     assert result.exit_code == 0, result.output

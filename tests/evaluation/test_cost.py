@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,15 +31,6 @@ def allocate(megabytes: int) -> Callable[[], object]:
     return lambda: torch.ones(megabytes * MEGABYTE, dtype=torch.uint8)
 
 
-def fail() -> Callable[[], object]:
-    raise RuntimeError("no such thing")
-
-
-def die() -> Callable[[], object]:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return fail
-
-
 def test_the_peak_is_what_the_call_allocates() -> None:
     cost = measure(here(allocate), {"megabytes": 200}, threads=1)
     if cost.peak_source != "VmHWM":
@@ -55,15 +45,22 @@ def test_without_a_mark_to_set_back_the_peak_of_the_process_counts(monkeypatch: 
     assert cost.peak_source == "ru_maxrss" and cost.peak_bytes >= 0
 
 
-@pytest.mark.parametrize(("prepare", "message"), [(fail, "no such thing"), (die, "signal 9")])
-def test_failures_are_told(prepare: Callable[..., object], message: str) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="a shell plays the process")
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo 'RuntimeError: no such thing' >&2; exit 1", "no such thing"),
+        ("kill -9 $$", "signal 9"),
+        ("exec sleep 60", "longer than 0.05 s"),
+    ],
+)
+def test_failures_are_told(script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = tmp_path / "process"
+    process.write_text(f"#!/bin/sh\n{script}\n")
+    process.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(process))
     with pytest.raises(CouldNotRun, match=message):
-        measure(here(prepare), {})
-
-
-def test_a_call_that_takes_too_long_is_told() -> None:
-    with pytest.raises(CouldNotRun, match="longer than 0.01 s"):
-        measure(here(allocate), {"megabytes": 1}, timeout=0.01)
+        measure("module:function", {}, timeout=0.05 if "sleep" in script else 60.0)
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (7, 0), (7, 2), (100, 3)])
@@ -83,9 +80,8 @@ def test_the_fused_kernel_of_torch_has_no_window() -> None:
         attention_cost("sparse", 4)
 
 
-def test_ours_is_linear_in_memory_where_the_dense_one_is_not() -> None:
-    dense, ours = (attention_cost(name, 4096, threads=1) for name in ("dense", "longattn"))
+def test_ours_is_linear_in_memory() -> None:
+    ours = attention_cost("longattn", 4096, threads=1)
     if ours.peak_source != "VmHWM":
         pytest.skip("the high-water mark cannot be set back here")
-    assert dense.peak_bytes > 4096 * 4096 * 4 * 0.95
-    assert ours.peak_bytes < dense.peak_bytes / 4
+    assert ours.peak_bytes < 4096 * 4096 * 4 / 4  # of the dense matrix of scores

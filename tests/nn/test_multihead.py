@@ -7,6 +7,7 @@ import inspect
 import io
 import itertools
 import pickle
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -130,13 +131,14 @@ def test_agrees_over_the_grid(layout: str, add_zero_attn: bool, add_bias_kv: boo
         add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn, batch_first=layout == "batch first", **widths
     )
     batch = 1 if layout == "unbatched" else BATCH
+    chosen = random.Random(f"{layout} {add_zero_attn} {add_bias_kv} {widths}")  # a third of the combinations
     for kind in ("separate",) if widths else ("self", "memory", "separate"):
         arguments = inputs(kind, layout, **{"kdim": WIDTH, "vdim": WIDTH, **widths})
         keys = LENGTH if kind == "self" else KEYS
         grid = itertools.product(
             attn_masks(LENGTH, keys, batch), key_padding_masks(keys, batch, layout != "unbatched"), (True, False)
         )
-        for (mask, masking), (padding, hiding), need_weights in grid:
+        for (mask, masking), (padding, hiding), need_weights in itertools.islice(grid, chosen.randrange(3), None, 3):
             keywords = {**masking, **hiding, "need_weights": need_weights, "average_attn_weights": False}
             case = f"{kind}, attn_mask {mask}, key_padding_mask {padding}, need_weights {need_weights}"
             assert_same(results(ours, arguments, keywords), results(theirs, arguments, keywords), case)
