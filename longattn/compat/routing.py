@@ -15,13 +15,12 @@ from longattn.compat.sdpa import scaled_dot_product_attention
 from longattn.errors import InvalidInput, Unsupported
 
 
-def _with_attention(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.nn.functional.multi_head_attention_forward, but the attention that it calls is this one."""
-    function = F.multi_head_attention_forward
+def _rebound(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
+    """The same function, but these global names mean something else in it."""
     assert isinstance(function, FunctionType)
-    names = {**function.__globals__, "scaled_dot_product_attention": attention}
-    del names["__name__"]  # torch.compile would look up names in the module that it names
-    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    scope = {**function.__globals__, **names}
+    del scope["__name__"]  # torch.compile would look up names in the module that it names
+    copy = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
@@ -33,10 +32,13 @@ def _ours_or_torchs(*args: Any, **kwargs: Any) -> Any:
         return F.scaled_dot_product_attention(*args, **kwargs)
 
 
-_FALLBACKS = {None: scaled_dot_product_attention, "torch": _ours_or_torchs}
+# A mode is off while it handles a call: what multi_head_attention_forward calls would not come here.
 _REPLACEMENTS = {
-    fallback: {F.scaled_dot_product_attention: ours, F.multi_head_attention_forward: _with_attention(ours)}
-    for fallback, ours in _FALLBACKS.items()
+    fallback: {
+        F.scaled_dot_product_attention: ours,
+        F.multi_head_attention_forward: _rebound(F.multi_head_attention_forward, scaled_dot_product_attention=ours),
+    }
+    for fallback, ours in ((None, scaled_dot_product_attention), ("torch", _ours_or_torchs))
 }
 
 
@@ -49,7 +51,8 @@ class use(TorchFunctionMode, ContextDecorator):
     torch.nn.MultiheadAttention step aside. Blocks may be nested; other threads do not notice. It composes with
     torch.compile.
 
-    Activation checkpointing computes attention again in the backward: run that within the block, too.
+    The backward runs outside of every such block, by PyTorch's design, and activation checkpointing computes attention
+    again there. Give torch.utils.checkpoint.checkpoint `use_reentrant=False, context_fn=lambda: (use(), use())`.
 
     Args:
         fallback: what becomes of a call that no backend of ours can run (see `compat.sdpa`): None raises Unsupported,
@@ -72,5 +75,4 @@ class use(TorchFunctionMode, ContextDecorator):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        # A mode is off while it handles a call: what multi_head_attention_forward calls would not come here.
         return self.replacements.get(func, func)(*args, **(kwargs or {}))

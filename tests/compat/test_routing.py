@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as imported_early
+from torch.utils.checkpoint import checkpoint
 
 import longattn
 from longattn import InvalidInput, Unsupported
@@ -81,6 +82,7 @@ def test_other_threads_do_not_notice(calls: list[int]) -> None:
         assert not calls
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched src_key_padding_mask")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
 def test_encoder_layer(calls: list[int], training: bool, padded: bool) -> None:
@@ -146,6 +148,7 @@ def test_hugging_face_model(calls: list[int], kind: str) -> None:
     assert torch.equal(generated, model.generate(tokens, **generate))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_fallback(calls: list[int]) -> None:
     nested = torch.nested.nested_tensor([torch.randn(n, 3, 8) for n in (2, 4)], layout=torch.jagged).transpose(1, 2)
     with use(), pytest.raises(Unsupported, match="nested"):
@@ -158,6 +161,23 @@ def test_fallback(calls: list[int]) -> None:
     assert out.is_nested and len(calls) == 2  # the second was refused by our attention
     with pytest.raises(InvalidInput, match="fallback"):
         use(fallback="eager")
+
+
+def test_activation_checkpointing(calls: list[int]) -> None:
+    x = torch.randn(2, 3, 5, 8, requires_grad=True)
+
+    def attend(x: Tensor) -> Tensor:
+        return imported_early(x, x, x, dropout_p=0.5)
+
+    results = []
+    for run in (attend, lambda x: checkpoint(attend, x, use_reentrant=False, context_fn=lambda: (use(), use()))):
+        torch.manual_seed(0)
+        with use():
+            out = run(x)
+            results.append((out, *torch.autograd.grad(out.sin().sum(), x)))
+    assert len(calls) == 3
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
 
 
 def test_compiled(calls: list[int]) -> None:
