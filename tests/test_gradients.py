@@ -13,6 +13,7 @@ from torch.autograd import gradcheck
 import longattn
 from helpers import backend_names, backend_params, random_packed, random_qkv, require, require_packed
 from longattn import Rope
+from longattn.backends import registry
 
 F64 = torch.float64
 INT32 = torch.int32
@@ -210,7 +211,7 @@ def test_checkpointing_recomputes_the_same(backend: str, reentrant: bool) -> Non
     assert all(torch.equal(x, y) for x, y in zip(gradients(False), gradients(True), strict=True))
 
 
-@pytest.mark.parametrize("backend, dtype", backend_params((torch.float32, torch.bfloat16)))
+@pytest.mark.parametrize("backend, dtype", backend_params((torch.float64, torch.bfloat16)))
 def test_deterministic_is_bitwise(backend: str, dtype: torch.dtype, set_threads: Callable[[int], None]) -> None:
     """Over repeats and numbers of threads, with every feature whose sums threads share."""
     tensors = random_qkv(2, (4, 2), (150, 170), (24, 17), dtype)
@@ -222,11 +223,27 @@ def test_deterministic_is_bitwise(backend: str, dtype: torch.dtype, set_threads:
         leaves = [x.clone().requires_grad_() for x in (*tensors, *parameters.values())]
         named = dict(zip(("q", "k", "v", *parameters), leaves, strict=True))
         out, lse = longattn.attention(**named, **keywords, deterministic=True, return_lse=True, backend=backend)
-        return out, lse, *torch.autograd.grad((out.float().square().sum() + lse.sum()), leaves)
+        return out, lse, *torch.autograd.grad((out.square().sum() + lse.sum()), leaves)
 
     expected = results(1)
-    for threads in (1, 2, 2, 3, 5):
+    for threads in (1, 2, 3):
         assert all(torch.equal(x, y) for x, y in zip(results(threads), expected, strict=True))
+
+
+@pytest.mark.skipif(registry.get("cpu").unavailable() is not None, reason="the C++ kernels are missing")
+def test_sums_to_one_number_are_deterministic(set_threads: Callable[[int], None]) -> None:
+    """Of one head: a sum that PyTorch splits by the number of threads."""
+    tensors = random_qkv(1, (1, 1), (40000, 40000), 4, F64)
+    slopes, sink = torch.rand(1, dtype=F64, requires_grad=True), torch.randn(1, dtype=F64, requires_grad=True)
+    found = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        out = longattn.attention(
+            *tensors, causal=True, window=4, alibi_slopes=slopes, sink_logits=sink, deterministic=True, backend="cpu"
+        )
+        found.append(torch.autograd.grad(out.square().sum(), (slopes, sink)))
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(other, found[0], strict=True))
 
 
 @pytest.mark.parametrize("backend", backend_names())

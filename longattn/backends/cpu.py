@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -92,7 +93,7 @@ class CpuBackend(Backend):
         if grads.sink_logits is not None and tensors.sink_logits is not None:
             sinks = tensors.sink_logits.to(lse.dtype)[:, None]
             weights = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks - lse))  # of the sinks, that have no value
-            grads.sink_logits.copy_(-(weights * delta).sum((0, 2)))
+            grads.sink_logits.copy_(-_sum_to(weights * delta, (1, problem.q_heads, 1)).flatten())
 
     def rope(
         self,
@@ -180,13 +181,23 @@ def _params(problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> tup
 def _sum_slopes(problem: Problem, tensors: Tensors, rows: Tensor, out: Tensor) -> None:
     """Sum each query's part [B, Hq, Nq] of the slopes' gradient to their shape [Hq] or [B, Hq]."""
     if out.dim() == 1:
-        out.copy_(rows.sum((0, 2)))
+        out.copy_(_sum_to(rows, (1, problem.q_heads, 1)).flatten())
     elif tensors.cu_seqlens_q is None:
-        out.copy_(rows.sum(2))
+        out.copy_(_sum_to(rows, (problem.batch, problem.q_heads, 1))[..., 0])
     else:
         starts = tensors.cu_seqlens_q.tolist()
         for b in range(problem.batch):
-            out[b].copy_(rows[0, :, starts[b] : starts[b + 1]].sum(1))
+            out[b].copy_(_sum_to(rows[0, :, starts[b] : starts[b + 1]], (problem.q_heads, 1))[:, 0])
+
+
+def _sum_to(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """x.sum_to_size(shape), for a shape of x's rank; bitwise the same with every number of threads.
+
+    PyTorch splits a sum to several numbers among threads by these numbers, but a sum to a single one by its terms.
+    """
+    if math.prod(shape) != 1:
+        return x.sum_to_size(shape)
+    return x.expand(2, *x.shape).sum_to_size((2, *shape))[0]
 
 
 def _view(x: Tensor) -> tuple[int, int, int, int]:

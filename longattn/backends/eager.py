@@ -23,6 +23,7 @@ all sums with the sink, if there is one, as one more key whose W is 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -39,10 +40,11 @@ def forward(problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor, dtype:
     """Fill out and lse, as Backend.forward, with sums in `dtype`."""
     out.zero_()
     lse.fill_(-torch.inf)
-    for part in parts(problem, tensors, dtype):
-        for tile in part.tiles():
-            part.rows_of(out, tile.rows).copy_(tile.drop(tile.weights) @ tile.v)
-            part.rows_of(lse, tile.rows).copy_(tile.lse)
+    with _bitwise(problem):
+        for part in parts(problem, tensors, dtype):
+            for tile in part.tiles():
+                part.rows_of(out, tile.rows).copy_(tile.drop(tile.weights) @ tile.v)
+                part.rows_of(lse, tile.rows).copy_(tile.lse)
 
 
 def backward(
@@ -55,8 +57,9 @@ def backward(
 ) -> None:
     """Fill the tensors of `grads`, as Backend.backward."""
     sums = _zeros_for(grads, dtype)
-    for part in parts(problem, tensors, dtype):
-        part.add_gradients(sums, dout, dlse)
+    with _bitwise(problem):
+        for part in parts(problem, tensors, dtype):
+            part.add_gradients(sums, dout, dlse)
     _copy(sums, grads)
 
 
@@ -80,9 +83,24 @@ def double_backward(
     ddout.zero_()
     ddlse.zero_()
     sums = _zeros_for(grads, dtype)
-    for part in parts(problem, tensors, dtype):
-        part.add_second_gradients(sums, ddout, ddlse, dout, dlse, tangents)
+    with _bitwise(problem):
+        for part in parts(problem, tensors, dtype):
+            part.add_second_gradients(sums, ddout, ddlse, dout, dlse, tangents)
     _copy(sums, grads)
+
+
+@contextmanager
+def _bitwise(problem: Problem) -> Iterator[None]:
+    """One thread if the call is deterministic: the number of threads shows in how sums and products round."""
+    if not problem.deterministic or problem.device != "cpu":
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def rotate(
