@@ -1,0 +1,75 @@
+"""Tile shapes, warps and stages: one small table per architecture, by kernel, padded head width and dtype.
+
+Chosen from what fits: accumulators and operands in registers, operand tiles of all stages in shared memory. They have
+compiled for their architectures (`make compile-gpu`); none is tuned by measurement yet.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from longattn.problem import Problem
+
+
+class Tiles(NamedTuple):
+    """M queries by N keys."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+class Kernels(NamedTuple):
+    """One entry per kernel of a call."""
+
+    forward: Tiles
+    key_gradient: Tiles
+    query_gradient: Tiles
+    bias_gradient: Tiles
+
+
+# Per architecture, {padded head width: tiles} for 16-bit types; the wider of D and Dv counts.
+_HALF: dict[int, dict[int, Kernels]] = {
+    80: {
+        64: Kernels(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1)),
+        128: Kernels(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1)),
+        256: Kernels(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+        512: Kernels(Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+    90: {
+        64: Kernels(Tiles(128, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 1)),
+        128: Kernels(Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1)),
+        256: Kernels(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1)),
+        512: Kernels(Tiles(64, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+}
+_HALF[100] = _HALF[90]
+
+# float32 operands take twice the room, and IEEE products run outside the tensor cores.
+_FLOAT: dict[int, Kernels] = {
+    64: Kernels(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
+    128: Kernels(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    256: Kernels(Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    512: Kernels(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+}
+
+ARCHITECTURES = tuple(_HALF)  # compute capabilities, 10 * major + minor
+WIDTHS = (64, 128, 256, 512)
+ROPE_ENTRIES = 2048  # of a head's tile: tokens times pairs
+MIN_WIDTH = 16  # what a product needs
+
+
+def padded(width: int) -> int:
+    """The tile's width for vectors of `width` entries."""
+    return max(MIN_WIDTH, 1 << (width - 1).bit_length())
+
+
+def kernels(problem: Problem, architecture: int) -> Kernels:
+    """The table's entry for a call; an architecture without one takes that of the next older."""
+    width = max(64, padded(max(problem.head_dim, problem.v_head_dim)))
+    if problem.dtype == torch.float32:
+        return _FLOAT[width]
+    return _HALF[max(known for known in ARCHITECTURES if known <= max(architecture, 80))][width]

@@ -1,0 +1,78 @@
+"""Tiles: whose they are, their memory, their products."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def program_of(tiles, heads, REVERSED: tl.constexpr):
+    """(tile, head, sequence) of this program. REVERSED: last tiles, which see most under a causal mask, run first."""
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    if REVERSED:
+        tile = tiles - 1 - tile
+    return tile, (pid // tiles) % heads, pid // tiles // heads
+
+
+@triton.jit
+def rows_of(rows, b, h, first):
+    """The address of row `first` of head h, sequence b."""
+    return rows.ptr + tl.cast(b, tl.int64) * rows.batch + tl.cast(h, tl.int64) * rows.head + tl.cast(first, tl.int64) * rows.token
+
+
+@triton.jit
+def _places(base, token, start, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    within = tl.arange(0, BLOCK).to(tl.int64)[:, None] * token + tl.arange(0, BLOCK_WIDTH)[None, :]
+    return base + tl.cast(start, tl.int64) * token + within
+
+
+@triton.jit
+def load_rows(
+    base, token, start, inside, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TEST: tl.constexpr
+):
+    """Rows start..start + BLOCK of a head, [BLOCK, BLOCK_WIDTH]; 0 past WIDTH, and where `inside` [BLOCK] says no.
+
+    TEST: whether to look at `inside` at all.
+    """
+    places = _places(base, token, start, BLOCK, BLOCK_WIDTH)
+    if TEST:
+        if WIDTH == BLOCK_WIDTH:
+            return tl.load(places, mask=inside[:, None], other=0.0)
+        return tl.load(places, mask=inside[:, None] & (tl.arange(0, BLOCK_WIDTH) < WIDTH)[None, :], other=0.0)
+    else:
+        if WIDTH == BLOCK_WIDTH:
+            return tl.load(places)
+        return tl.load(places, mask=(tl.arange(0, BLOCK_WIDTH) < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(
+    base, token, start, inside, x, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+):
+    """Write the rows of x [BLOCK, BLOCK_WIDTH] where `inside` [BLOCK] says so."""
+    places = _places(base, token, start, BLOCK, BLOCK_WIDTH)
+    columns = tl.arange(0, BLOCK_WIDTH) < WIDTH
+    tl.store(places, x.to(base.dtype.element_ty), mask=inside[:, None] & columns[None, :])
+
+
+@triton.jit
+def product(a, b, sum, PRECISION: tl.constexpr):
+    """a @ b + sum in float32; `sum` may be None.
+
+    PRECISION: of float32 operands, "ieee" or "tf32"; "widen" turns all operands to float32 first, for the interpreter,
+    which multiplies the bits of bfloat16.
+    """
+    if PRECISION == "widen":
+        result = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        return result if sum is None else result + sum
+    else:
+        return tl.dot(a, b, sum, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(x, like, PRECISION: tl.constexpr):
+    """x in the dtype of `like`, to be an operand of `product` beside it."""
+    if PRECISION == "widen":
+        return x
+    else:
+        return x.to(like.dtype)
