@@ -15,7 +15,7 @@ from longattn.backends.triton.dropout import kept
 from longattn.backends.triton.mask import (
     key_tiles,
     keys_shown,
-    query_bounds,
+    query_bound,
     query_tiles,
     sequence,
     tile_start,
@@ -113,13 +113,11 @@ def query_gradient_kernel(
     i = first + tl.arange(0, M)
     inside = i < lq
     p = i + shift
-    lo, hi = query_bounds(mask, b, i, lq)
+    lo = query_bound(mask.lo, mask, b, i[:, None], lq)
+    hi = query_bound(mask.hi, mask, b, i[:, None], lq)
     sink_start, sink_tiles, start, left_tiles, middle, right, stop = key_tiles(
         mask, first + shift, tl.minimum(first + M, lq) - 1 + shift, lk, lo, hi, N
     )
-    if lo is not None:
-        lo = lo[:, None]
-        hi = hi[:, None]
     slope = slope_of(terms, b, h)
     q = load_rows(rows_of(q_rows, row, h, q_first), q_rows.token, first, inside, M, WIDTH, D, True)
     dout = load_rows(rows_of(dout_rows, row, h, q_first), dout_rows.token, first, inside, M, V_WIDTH, DV, True)
@@ -174,10 +172,8 @@ def _add_keys(
     inside = (j < lk)[:, None] & (i < lq)[None, :]
     x, derivative = scores(products, terms, b, h, i[None, :], j[:, None], p[None, :], inside, slope, PLAIN)
     if TEST:
-        lo, hi = query_bounds(mask, b, i, lq)
-        if lo is not None:
-            lo = lo[None, :]
-            hi = hi[None, :]
+        lo = query_bound(mask.lo, mask, b, i[None, :], lq)
+        hi = query_bound(mask.hi, mask, b, i[None, :], lq)
         x = tl.where(visible(mask, p[None, :], j[:, None], shown[:, None], lo, hi), x, float("-inf"))
     weights = tl.exp2(x * unit(terms, PLAIN) - x_row[None, :])
     dweights = product(v, tl.trans(dout), None, PRECISION)  # [N, DV] @ [DV, M]
@@ -289,10 +285,8 @@ def bias_gradient_kernel(
             statistics = (tl.cast(b, tl.int64) * q_heads + h) * sequences.nq
             for i_tile in range(i_first, i_stop):
                 i = i_tile * M + tl.arange(0, M)
-                lo, hi = query_bounds(mask, b, i, lq)
-                if lo is not None:
-                    lo = lo[:, None]
-                    hi = hi[:, None]
+                lo = query_bound(mask.lo, mask, b, i[:, None], lq)
+                hi = query_bound(mask.hi, mask, b, i[:, None], lq)
                 q_base = rows_of(q_rows, row, h, q_first)
                 dout_base = rows_of(dout_rows, row, h, q_first)
                 q = load_rows(q_base, q_rows.token, i_tile * M, i < lq, M, WIDTH, D, True)

@@ -14,7 +14,7 @@ from longattn.backends.triton.dropout import kept
 from longattn.backends.triton.mask import (
     key_tiles,
     keys_shown,
-    query_bounds,
+    query_bound,
     sequence,
     tile_start,
     visible,
@@ -70,13 +70,11 @@ def forward_kernel(
     i = first + tl.arange(0, M)
     inside = i < lq
     p = i + shift
-    lo, hi = query_bounds(mask, b, i, lq)
+    lo = query_bound(mask.lo, mask, b, i[:, None], lq)
+    hi = query_bound(mask.hi, mask, b, i[:, None], lq)
     sink_start, sink_tiles, start, left_tiles, middle, right, stop = key_tiles(
         mask, first + shift, tl.minimum(first + M, lq) - 1 + shift, lk, lo, hi, N
     )
-    if lo is not None:
-        lo = lo[:, None]
-        hi = hi[:, None]
     slope = slope_of(terms, b, h)
     q = load_rows(rows_of(q_rows, row, h, q_first), q_rows.token, first, inside, M, WIDTH, D, True)
     k_base = rows_of(k_rows, row, h // group, k_first)

@@ -42,15 +42,13 @@ def sequence(sequences, mask, b):
 
 
 @triton.jit
-def query_bounds(mask, b, i, lq):
-    """(lo, hi) of queries i: each sees keys of [lo, hi) only; (None, None) without bounds."""
-    lo = None
-    hi = None
-    if mask.lo is not None:
-        at = tl.cast(b, tl.int64) * mask.bounds_batch + i
-        lo = tl.load(mask.lo + at, mask=i < lq, other=_FARTHEST)
-        hi = tl.load(mask.hi + at, mask=i < lq, other=0)
-    return lo, hi
+def query_bound(bound, mask, b, i, lq):
+    """`bound`, one of mask.lo and mask.hi, of queries i; each sees keys of [lo, hi) only. None without bounds."""
+    found = None
+    if bound is not None:
+        row = tl.minimum(i, lq - 1)  # past the last query its own bound, which widens no tile's range
+        found = tl.load(bound + tl.cast(b, tl.int64) * mask.bounds_batch + row, mask=row >= 0, other=0)
+    return found
 
 
 @triton.jit
@@ -64,7 +62,7 @@ def keys_shown(mask, b, nk, j, lk):
 
 @triton.jit
 def visible(mask, p, j, shown, lo, hi):
-    """Whether queries at positions p see keys j, given keys_shown and query_bounds; all broadcast together."""
+    """Whether queries at positions p see keys j, given keys_shown and query_bound; all broadcast together."""
     seen = shown
     if mask.right is not None:
         seen = seen & (j <= p + mask.right)
