@@ -144,7 +144,9 @@ def _call(case: Case) -> None:
     )  # fmt: skip
     call = launch.Call(problem, tensors, case.architecture, interpreted=False)
     call.forward(out, lse)
-    grads = Gradients(*(None if x is None else torch.empty_like(x) for x in (getattr(tensors, name) for name in Gradients._fields)))
+    grads = Gradients(
+        *(None if x is None else torch.empty_like(x) for x in (getattr(tensors, name) for name in Gradients._fields))
+    )
     call.backward(out, lse, dout, lse, grads)
 
 

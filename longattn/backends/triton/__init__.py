@@ -1,1 +1,1 @@
-"""The Triton backend: every feature on every GPU that Triton compiles for. `backend` is the only module that others import."""
+"""The Triton backend: every feature on every GPU that Triton compiles for. Others import `backend` alone."""

@@ -82,9 +82,7 @@ def _add_queries(
 ):  # fmt: skip
     """Add what keys start..start + N give to dq / scale, and to the slope's gradient of each query."""
     j = start + tl.arange(0, N)
-    shown = None
-    if TEST:
-        shown = keys_shown(mask, b, nk, j, lk)
+    shown = keys_shown(mask, b, nk, j, lk)
     k = load_rows(k_base, k_token, start, shown, N, WIDTH, D, TEST)
     v = load_rows(v_base, v_token, start, shown, N, V_WIDTH, DV, TEST)
     ds, derivative = score_gradient(
@@ -129,7 +127,7 @@ def query_gradient_kernel(
     acc = tl.zeros([M, D], tl.float32)
     dslope = tl.zeros([M], tl.float32)
     if mask.left is not None:
-        for n in range(0, left_tiles):
+        for n in range(left_tiles):
             at = tile_start(n, sink_start, sink_tiles, start, N)
             acc, dslope = _add_queries(
                 acc, dslope, q, dout, k_base, v_base, k_rows.token, v_rows.token, at, x, d, i, p, lo, hi, b, h, lq, lk,
@@ -146,9 +144,7 @@ def query_gradient_kernel(
             sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
         )  # fmt: skip
 
-    store_rows(
-        rows_of(dq_rows, row, h, q_first), dq_rows.token, first, inside, acc * terms.scale, M, WIDTH, D
-    )
+    store_rows(rows_of(dq_rows, row, h, q_first), dq_rows.token, first, inside, acc * terms.scale, M, WIDTH, D)
     if dslopes is not None:
         tl.store(dslopes + statistics + i, dslope, mask=inside)
 
@@ -160,7 +156,7 @@ def _add_keys(
     M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr, TEST: tl.constexpr,
 ):  # fmt: skip
-    """Add what queries at..at + M give to dk / scale and dv. Tiles lie transposed, [N, M]: weights are a left operand."""
+    """Add what queries at..at + M give to dk / scale and dv. Tiles lie transposed, [N, M]: weights stand left."""
     i = at + tl.arange(0, M)
     j = first + tl.arange(0, N)
     p = i + shift
@@ -209,7 +205,7 @@ def key_gradient_kernel(
     v = load_rows(rows_of(v_rows, row, kv_head, k_first), v_rows.token, first, shown, N, V_WIDTH, DV, True)
     dk = tl.zeros([N, D], tl.float32)
     dv = tl.zeros([N, DV], tl.float32)
-    for member in range(0, group):
+    for member in range(group):
         h = kv_head * group + member
         slope = slope_of(terms, b, h)
         q_base = rows_of(q_rows, row, h, q_first)
@@ -217,25 +213,23 @@ def key_gradient_kernel(
         statistics = (tl.cast(row, tl.int64) * (kv_heads * group) + h) * sequences.nq + q_first
         for at in range(start, middle, M):
             dk, dv = _add_keys(
-                dk, dv, k, v, q_base, dout_base, q_rows.token, dout_rows.token, at, statistics, lse, delta, first, shown,
-                b, h, lq, lk, shift, slope, mask, terms, dropout,
+                dk, dv, k, v, q_base, dout_base, q_rows.token, dout_rows.token, at, statistics, lse, delta, first,
+                shown, b, h, lq, lk, shift, slope, mask, terms, dropout,
                 M, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
             )  # fmt: skip
         for at in range(middle, right, M):
             dk, dv = _add_keys(
-                dk, dv, k, v, q_base, dout_base, q_rows.token, dout_rows.token, at, statistics, lse, delta, first, shown,
-                b, h, lq, lk, shift, slope, mask, terms, dropout,
+                dk, dv, k, v, q_base, dout_base, q_rows.token, dout_rows.token, at, statistics, lse, delta, first,
+                shown, b, h, lq, lk, shift, slope, mask, terms, dropout,
                 M, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, False,
             )  # fmt: skip
         for at in range(right, stop, M):
             dk, dv = _add_keys(
-                dk, dv, k, v, q_base, dout_base, q_rows.token, dout_rows.token, at, statistics, lse, delta, first, shown,
-                b, h, lq, lk, shift, slope, mask, terms, dropout,
+                dk, dv, k, v, q_base, dout_base, q_rows.token, dout_rows.token, at, statistics, lse, delta, first,
+                shown, b, h, lq, lk, shift, slope, mask, terms, dropout,
                 M, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
             )  # fmt: skip
-    store_rows(
-        rows_of(dk_rows, row, kv_head, k_first), dk_rows.token, first, inside, dk * terms.scale, N, WIDTH, D
-    )
+    store_rows(rows_of(dk_rows, row, kv_head, k_first), dk_rows.token, first, inside, dk * terms.scale, N, WIDTH, D)
     store_rows(rows_of(dv_rows, row, kv_head, k_first), dv_rows.token, first, inside, dv, N, V_WIDTH, DV)
 
 

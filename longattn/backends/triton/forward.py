@@ -32,9 +32,7 @@ def _attend(
 ):  # fmt: skip
     """Take keys start..start + N in."""
     j = start + tl.arange(0, N)
-    shown = None
-    if TEST:
-        shown = keys_shown(mask, b, nk, j, lk)
+    shown = keys_shown(mask, b, nk, j, lk)
     k = load_rows(k_base, k_token, start, shown, N, WIDTH, D, TEST)
     products = product(q, tl.trans(k), None, PRECISION)  # [M, D] @ [D, N]
     inside = (i < lq)[:, None] & (j < lk)[None, :]
@@ -88,7 +86,7 @@ def forward_kernel(
         top = tl.zeros([M], tl.float32) + sink
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     if mask.left is not None:
-        for n in range(0, left_tiles):
+        for n in range(left_tiles):
             at = tile_start(n, sink_start, sink_tiles, start, N)
             acc, top, total = _attend(
                 acc, top, total, q, k_base, v_base, k_rows.token, v_rows.token, at, i, p, lo, hi, b, h, lq, lk,
@@ -109,8 +107,6 @@ def forward_kernel(
     share = tl.where(seen, 1.0 / total, 0.0)
     if dropout.seed is not None:
         share *= dropout.scale
-    store_rows(
-        rows_of(out_rows, row, h, q_first), out_rows.token, first, inside, acc * share[:, None], M, V_WIDTH, DV
-    )
+    store_rows(rows_of(out_rows, row, h, q_first), out_rows.token, first, inside, acc * share[:, None], M, V_WIDTH, DV)
     lse_base = lse + (tl.cast(row, tl.int64) * q_heads + h) * sequences.nq + q_first
     tl.store(lse_base + i, tl.where(seen, (top + tl.log2(total)) * LN2, float("-inf")), mask=inside)

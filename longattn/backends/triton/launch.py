@@ -147,9 +147,7 @@ class Call:
 
     def _turn(self, x: Tensor, positions: Tensor, inverse: bool, out: Tensor) -> None:
         assert self.tensors.inv_freq is not None
-        rope(
-            x, self.tensors.inv_freq, positions, self.problem.rope_factor, self.problem.interleaved, inverse, out
-        )
+        rope(x, self.tensors.inv_freq, positions, self.problem.rope_factor, self.problem.interleaved, inverse, out)
 
 
 def rope(
@@ -178,7 +176,10 @@ def _sequences(problem: Problem, tensors: Tensors) -> Sequences:
     return Sequences(
         problem.nq,
         problem.nk,
-        *(None if x is None else x.contiguous() for x in (tensors.key_lens, tensors.cu_seqlens_q, tensors.cu_seqlens_k)),
+        *(
+            None if x is None else x.contiguous()
+            for x in (tensors.key_lens, tensors.cu_seqlens_q, tensors.cu_seqlens_k)
+        ),
     )
 
 

@@ -17,7 +17,12 @@ def program_of(tiles, heads, REVERSED: tl.constexpr):
 @triton.jit
 def rows_of(rows, b, h, first):
     """The address of row `first` of head h, sequence b."""
-    return rows.ptr + tl.cast(b, tl.int64) * rows.batch + tl.cast(h, tl.int64) * rows.head + tl.cast(first, tl.int64) * rows.token
+    return (
+        rows.ptr
+        + tl.cast(b, tl.int64) * rows.batch
+        + tl.cast(h, tl.int64) * rows.head
+        + tl.cast(first, tl.int64) * rows.token
+    )
 
 
 @triton.jit
@@ -46,9 +51,7 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(
-    base, token, start, inside, x, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
-):
+def store_rows(base, token, start, inside, x, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Write the rows of x [BLOCK, BLOCK_WIDTH] where `inside` [BLOCK] says so."""
     places = _places(base, token, start, BLOCK, BLOCK_WIDTH)
     columns = tl.arange(0, BLOCK_WIDTH) < WIDTH

@@ -46,7 +46,7 @@ def by_queries(out, width, sequences, mask, M: tl.constexpr, N: tl.constexpr):
     sink_start, sink_tiles, start, left_tiles, middle, right, stop = key_tiles(
         mask, first + shift, tl.minimum(first + M, lq) - 1 + shift, lk, lo, hi, N
     )
-    for n in range(0, left_tiles):
+    for n in range(left_tiles):
         j = tile_start(n, sink_start, sink_tiles, start, N) + tl.arange(0, N)
         seen = visible(mask, p[:, None], j[None, :], keys_shown(mask, b, sequences.nk, j, lk)[None, :], lo, hi)
         _mark(out, width, i, j, (i < lq)[:, None] & (j < width)[None, :], seen, 1)
