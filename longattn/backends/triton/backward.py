@@ -34,8 +34,8 @@ def delta_kernel(
     first = tile * M
     i = first + tl.arange(0, M)
     inside = i < n
-    out = load_rows(rows_of(out_rows, b, h, b * 0), out_rows.token, first, inside, M, V_WIDTH, DV, True)
-    dout = load_rows(rows_of(dout_rows, b, h, b * 0), dout_rows.token, first, inside, M, V_WIDTH, DV, True)
+    out = load_rows(rows_of(out_rows, b, h, b * 0), out_rows, first, inside, M, V_WIDTH, DV, True)
+    dout = load_rows(rows_of(dout_rows, b, h, b * 0), dout_rows, first, inside, M, V_WIDTH, DV, True)
     sums = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     at = (tl.cast(b, tl.int64) * heads + h) * n + i
     if dlse is not None:
@@ -75,7 +75,7 @@ def score_gradient(
 
 @triton.jit
 def _add_queries(
-    acc, dslope, q, dout, k_base, v_base, k_token, v_token, start, lse, delta, i, p, lo, hi, b, h, lq, lk, nk, slope,
+    acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, start, lse, delta, i, p, lo, hi, b, h, lq, lk, nk, slope,
     mask, terms, dropout,
     N: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr, TEST: tl.constexpr,
@@ -83,8 +83,8 @@ def _add_queries(
     """Add what keys start..start + N give to dq / scale, and to the slope's gradient of each query."""
     j = start + tl.arange(0, N)
     shown = keys_shown(mask, b, nk, j, lk)
-    k = load_rows(k_base, k_token, start, shown, N, WIDTH, D, TEST)
-    v = load_rows(v_base, v_token, start, shown, N, V_WIDTH, DV, TEST)
+    k = load_rows(k_base, k_rows, start, shown, N, WIDTH, D, TEST)
+    v = load_rows(v_base, v_rows, start, shown, N, V_WIDTH, DV, TEST)
     ds, derivative = score_gradient(
         q, k, v, dout, lse, delta, i, start, p, lo, hi, b, h, lq, lk, nk, slope, mask, terms, dropout,
         N, PLAIN, PRECISION, TEST,
@@ -117,8 +117,8 @@ def query_gradient_kernel(
         mask, first + shift, tl.minimum(first + M, lq) - 1 + shift, lk, lo, hi, N
     )
     slope = slope_of(terms, b, h)
-    q = load_rows(rows_of(q_rows, row, h, q_first), q_rows.token, first, inside, M, WIDTH, D, True)
-    dout = load_rows(rows_of(dout_rows, row, h, q_first), dout_rows.token, first, inside, M, V_WIDTH, DV, True)
+    q = load_rows(rows_of(q_rows, row, h, q_first), q_rows, first, inside, M, WIDTH, D, True)
+    dout = load_rows(rows_of(dout_rows, row, h, q_first), dout_rows, first, inside, M, V_WIDTH, DV, True)
     statistics = (tl.cast(row, tl.int64) * q_heads + h) * sequences.nq + q_first
     x, d = row_statistics(lse, delta, statistics, i, lq)
     k_base = rows_of(k_rows, row, h // group, k_first)
@@ -130,39 +130,46 @@ def query_gradient_kernel(
         for n in range(left_tiles):
             at = tile_start(n, sink_start, sink_tiles, start, N)
             acc, dslope = _add_queries(
-                acc, dslope, q, dout, k_base, v_base, k_rows.token, v_rows.token, at, x, d, i, p, lo, hi, b, h, lq, lk,
+                acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, at, x, d, i, p, lo, hi, b, h, lq, lk,
                 sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
             )  # fmt: skip
     for at in range(middle, right, N):
         acc, dslope = _add_queries(
-            acc, dslope, q, dout, k_base, v_base, k_rows.token, v_rows.token, at, x, d, i, p, lo, hi, b, h, lq, lk,
+            acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, at, x, d, i, p, lo, hi, b, h, lq, lk,
             sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, False,
         )  # fmt: skip
     for at in range(right, stop, N):
         acc, dslope = _add_queries(
-            acc, dslope, q, dout, k_base, v_base, k_rows.token, v_rows.token, at, x, d, i, p, lo, hi, b, h, lq, lk,
+            acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, at, x, d, i, p, lo, hi, b, h, lq, lk,
             sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
         )  # fmt: skip
 
-    store_rows(rows_of(dq_rows, row, h, q_first), dq_rows.token, first, inside, acc * terms.scale, M, WIDTH, D)
+    store_rows(rows_of(dq_rows, row, h, q_first), dq_rows, first, inside, acc * terms.scale, M, WIDTH, D)
     if dslopes is not None:
         tl.store(dslopes + statistics + i, dslope, mask=inside)
 
 
 @triton.jit
 def _add_keys(
-    dk, dv, k, v, q_base, dout_base, q_token, dout_token, at, statistics, lse, delta, first, shown, b, h, lq, lk, shift,
-    slope, mask, terms, dropout,
+    dk, dv, k, v, n, tiles, tiles_start, q_rows, dout_rows, row, q_first, lse, delta, first, shown, b, kv_head, group,
+    heads, lq, lk, shift, sequences, mask, terms, dropout,
     M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr, TEST: tl.constexpr,
 ):  # fmt: skip
-    """Add what queries at..at + M give to dk / scale and dv. Tiles lie transposed, [N, M]: weights stand left."""
+    """Add what tile n gives to dk / scale and dv: of all `tiles` tiles of the first head, then of the next.
+
+    Tiles of scores lie transposed, [N, M]: weights stand left.
+    """
+    h = kv_head * group + n // tiles
+    at = tiles_start + n % tiles * M
+    slope = slope_of(terms, b, h)
+    statistics = (tl.cast(row, tl.int64) * heads + h) * sequences.nq + q_first
     i = at + tl.arange(0, M)
     j = first + tl.arange(0, N)
     p = i + shift
     # Only the last tile of a sequence is ragged, and it may be of any loop.
-    q = load_rows(q_base, q_token, at, i < lq, M, WIDTH, D, True)
-    dout = load_rows(dout_base, dout_token, at, i < lq, M, V_WIDTH, DV, True)
+    q = load_rows(rows_of(q_rows, row, h, q_first), q_rows, at, i < lq, M, WIDTH, D, True)
+    dout = load_rows(rows_of(dout_rows, row, h, q_first), dout_rows, at, i < lq, M, V_WIDTH, DV, True)
     x_row, d_row = row_statistics(lse, delta, statistics, i, lq)
     products = product(k, tl.trans(q), None, PRECISION)  # [N, D] @ [D, M]
     inside = (j < lk)[:, None] & (i < lq)[None, :]
@@ -187,12 +194,12 @@ def _add_keys(
 @triton.jit
 def key_gradient_kernel(
     q_rows, k_rows, v_rows, dout_rows, dk_rows, dv_rows, lse, delta, sequences, mask, terms, dropout, kv_heads, group,
-    tiles,
+    n_tiles,
     WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fill dk and dv of a tile of keys, summed over the query heads that read it."""
-    tile, kv_head, b = program_of(tiles, kv_heads, False)
+    tile, kv_head, b = program_of(n_tiles, kv_heads, False)
     row, q_first, lq, k_first, lk, shift = sequence(sequences, mask, b)
     first = tile * N
     if first >= lk:
@@ -201,36 +208,33 @@ def key_gradient_kernel(
     inside = j < lk
     shown = keys_shown(mask, b, sequences.nk, j, lk)
     start, middle, right, stop = query_tiles(mask, first, tl.minimum(first + N, lk) - 1, lq, shift, M)
-    k = load_rows(rows_of(k_rows, row, kv_head, k_first), k_rows.token, first, shown, N, WIDTH, D, True)
-    v = load_rows(rows_of(v_rows, row, kv_head, k_first), v_rows.token, first, shown, N, V_WIDTH, DV, True)
+    k = load_rows(rows_of(k_rows, row, kv_head, k_first), k_rows, first, shown, N, WIDTH, D, True)
+    v = load_rows(rows_of(v_rows, row, kv_head, k_first), v_rows, first, shown, N, V_WIDTH, DV, True)
     dk = tl.zeros([N, D], tl.float32)
     dv = tl.zeros([N, DV], tl.float32)
-    for member in range(group):
-        h = kv_head * group + member
-        slope = slope_of(terms, b, h)
-        q_base = rows_of(q_rows, row, h, q_first)
-        dout_base = rows_of(dout_rows, row, h, q_first)
-        statistics = (tl.cast(row, tl.int64) * (kv_heads * group) + h) * sequences.nq + q_first
-        for at in range(start, middle, M):
-            dk, dv = _add_keys(
-                dk, dv, k, v, q_base, dout_base, q_rows.token, dout_rows.token, at, statistics, lse, delta, first,
-                shown, b, h, lq, lk, shift, slope, mask, terms, dropout,
-                M, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
-            )  # fmt: skip
-        for at in range(middle, right, M):
-            dk, dv = _add_keys(
-                dk, dv, k, v, q_base, dout_base, q_rows.token, dout_rows.token, at, statistics, lse, delta, first,
-                shown, b, h, lq, lk, shift, slope, mask, terms, dropout,
-                M, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, False,
-            )  # fmt: skip
-        for at in range(right, stop, M):
-            dk, dv = _add_keys(
-                dk, dv, k, v, q_base, dout_base, q_rows.token, dout_rows.token, at, statistics, lse, delta, first,
-                shown, b, h, lq, lk, shift, slope, mask, terms, dropout,
-                M, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
-            )  # fmt: skip
-    store_rows(rows_of(dk_rows, row, kv_head, k_first), dk_rows.token, first, inside, dk * terms.scale, N, WIDTH, D)
-    store_rows(rows_of(dv_rows, row, kv_head, k_first), dv_rows.token, first, inside, dv, N, V_WIDTH, DV)
+    tiles = tl.cdiv(middle - start, M)
+    for n in range(tiles * group):
+        dk, dv = _add_keys(
+            dk, dv, k, v, n, tiles, start, q_rows, dout_rows, row, q_first, lse, delta, first, shown, b, kv_head,
+            group, kv_heads * group, lq, lk, shift, sequences, mask, terms, dropout,
+            M, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
+        )  # fmt: skip
+    tiles = tl.cdiv(right - middle, M)
+    for n in range(tiles * group):
+        dk, dv = _add_keys(
+            dk, dv, k, v, n, tiles, middle, q_rows, dout_rows, row, q_first, lse, delta, first, shown, b, kv_head,
+            group, kv_heads * group, lq, lk, shift, sequences, mask, terms, dropout,
+            M, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, False,
+        )  # fmt: skip
+    tiles = tl.cdiv(stop - right, M)
+    for n in range(tiles * group):
+        dk, dv = _add_keys(
+            dk, dv, k, v, n, tiles, right, q_rows, dout_rows, row, q_first, lse, delta, first, shown, b, kv_head,
+            group, kv_heads * group, lq, lk, shift, sequences, mask, terms, dropout,
+            M, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
+        )  # fmt: skip
+    store_rows(rows_of(dk_rows, row, kv_head, k_first), dk_rows, first, inside, dk * terms.scale, N, WIDTH, D)
+    store_rows(rows_of(dv_rows, row, kv_head, k_first), dv_rows, first, inside, dv, N, V_WIDTH, DV)
 
 
 @triton.jit
@@ -283,16 +287,16 @@ def bias_gradient_kernel(
                 hi = query_bound(mask.hi, mask, b, i[:, None], lq)
                 q_base = rows_of(q_rows, row, h, q_first)
                 dout_base = rows_of(dout_rows, row, h, q_first)
-                q = load_rows(q_base, q_rows.token, i_tile * M, i < lq, M, WIDTH, D, True)
-                dout = load_rows(dout_base, dout_rows.token, i_tile * M, i < lq, M, V_WIDTH, DV, True)
+                q = load_rows(q_base, q_rows, i_tile * M, i < lq, M, WIDTH, D, True)
+                dout = load_rows(dout_base, dout_rows, i_tile * M, i < lq, M, V_WIDTH, DV, True)
                 x, d = row_statistics(lse, delta, statistics, i, lq)
                 for j_tile in range(j_first, j_stop):
                     start = j_tile * N
                     shown = keys_shown(mask, b, sequences.nk, start + tl.arange(0, N), lk)
                     k_base = rows_of(k_rows, row, h // group, k_first)
                     v_base = rows_of(v_rows, row, h // group, k_first)
-                    k = load_rows(k_base, k_rows.token, start, shown, N, WIDTH, D, True)
-                    v = load_rows(v_base, v_rows.token, start, shown, N, V_WIDTH, DV, True)
+                    k = load_rows(k_base, k_rows, start, shown, N, WIDTH, D, True)
+                    v = load_rows(v_base, v_rows, start, shown, N, V_WIDTH, DV, True)
                     ds, _ = score_gradient(
                         q, k, v, dout, x, d, i, start, i + shift, lo, hi, b, h, lq, lk, sequences.nk, slope,
                         mask, terms, dropout, N, PLAIN, PRECISION, True,

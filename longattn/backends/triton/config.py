@@ -58,6 +58,7 @@ _FLOAT: dict[int, Kernels] = {
 
 ARCHITECTURES = tuple(_HALF)  # compute capabilities, 10 * major + minor
 WIDTHS = (64, 128, 256, 512)
+LONGEST_TILE = 128  # rows
 ROPE_ENTRIES = 2048  # of a head's tile: tokens times pairs
 MIN_WIDTH = 16  # what a product needs
 

@@ -25,7 +25,7 @@ from longattn.backends.triton.tiles import load_rows, narrow, product, program_o
 
 @triton.jit
 def _attend(
-    acc, top, total, q, k_base, v_base, k_token, v_token, start, i, p, lo, hi, b, h, lq, lk, nk, slope,
+    acc, top, total, q, k_base, v_base, k_rows, v_rows, start, i, p, lo, hi, b, h, lq, lk, nk, slope,
     mask, terms, dropout,
     N: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr, TEST: tl.constexpr,
@@ -33,7 +33,7 @@ def _attend(
     """Take keys start..start + N in."""
     j = start + tl.arange(0, N)
     shown = keys_shown(mask, b, nk, j, lk)
-    k = load_rows(k_base, k_token, start, shown, N, WIDTH, D, TEST)
+    k = load_rows(k_base, k_rows, start, shown, N, WIDTH, D, TEST)
     products = product(q, tl.trans(k), None, PRECISION)  # [M, D] @ [D, N]
     inside = (i < lq)[:, None] & (j < lk)[None, :]
     x, _ = scores(products, terms, b, h, i[:, None], j[None, :], p[:, None], inside, slope, PLAIN)
@@ -48,7 +48,7 @@ def _attend(
     total = total * shrink + tl.sum(weights, 1)
     if dropout.seed is not None:
         weights = tl.where(kept(dropout, b, h, i, start, N), weights, 0.0)
-    v = load_rows(v_base, v_token, start, shown, N, V_WIDTH, DV, TEST)
+    v = load_rows(v_base, v_rows, start, shown, N, V_WIDTH, DV, TEST)
     acc = product(narrow(weights, v, PRECISION), v, acc * shrink[:, None], PRECISION)  # [M, N] @ [N, DV]
     return acc, new_top, total
 
@@ -74,7 +74,7 @@ def forward_kernel(
         mask, first + shift, tl.minimum(first + M, lq) - 1 + shift, lk, lo, hi, N
     )
     slope = slope_of(terms, b, h)
-    q = load_rows(rows_of(q_rows, row, h, q_first), q_rows.token, first, inside, M, WIDTH, D, True)
+    q = load_rows(rows_of(q_rows, row, h, q_first), q_rows, first, inside, M, WIDTH, D, True)
     k_base = rows_of(k_rows, row, h // group, k_first)
     v_base = rows_of(v_rows, row, h // group, k_first)
 
@@ -89,17 +89,17 @@ def forward_kernel(
         for n in range(left_tiles):
             at = tile_start(n, sink_start, sink_tiles, start, N)
             acc, top, total = _attend(
-                acc, top, total, q, k_base, v_base, k_rows.token, v_rows.token, at, i, p, lo, hi, b, h, lq, lk,
+                acc, top, total, q, k_base, v_base, k_rows, v_rows, at, i, p, lo, hi, b, h, lq, lk,
                 sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
             )  # fmt: skip
     for at in range(middle, right, N):
         acc, top, total = _attend(
-            acc, top, total, q, k_base, v_base, k_rows.token, v_rows.token, at, i, p, lo, hi, b, h, lq, lk,
+            acc, top, total, q, k_base, v_base, k_rows, v_rows, at, i, p, lo, hi, b, h, lq, lk,
             sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, False,
         )  # fmt: skip
     for at in range(right, stop, N):
         acc, top, total = _attend(
-            acc, top, total, q, k_base, v_base, k_rows.token, v_rows.token, at, i, p, lo, hi, b, h, lq, lk,
+            acc, top, total, q, k_base, v_base, k_rows, v_rows, at, i, p, lo, hi, b, h, lq, lk,
             sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
         )  # fmt: skip
 
@@ -107,6 +107,6 @@ def forward_kernel(
     share = tl.where(seen, 1.0 / total, 0.0)
     if dropout.seed is not None:
         share *= dropout.scale
-    store_rows(rows_of(out_rows, row, h, q_first), out_rows.token, first, inside, acc * share[:, None], M, V_WIDTH, DV)
+    store_rows(rows_of(out_rows, row, h, q_first), out_rows, first, inside, acc * share[:, None], M, V_WIDTH, DV)
     lse_base = lse + (tl.cast(row, tl.int64) * q_heads + h) * sequences.nq + q_first
     tl.store(lse_base + i, tl.where(seen, (top + tl.log2(total)) * LN2, float("-inf")), mask=inside)

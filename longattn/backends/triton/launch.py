@@ -169,7 +169,7 @@ def rope(
 
 def _rows(x: Tensor) -> Rows:
     batch, head, token, _ = x.stride()
-    return Rows(x, batch, head, token)
+    return Rows(x, batch, head, token, 1 if token * config.LONGEST_TILE >= 2**31 else None)
 
 
 def _sequences(problem: Problem, tensors: Tensors) -> Sequences:

@@ -12,6 +12,7 @@ class Rows(NamedTuple):
     batch: Any
     head: Any
     token: Any
+    wide: Any  # not None: offsets within a tile may exceed 32 bits
 
 
 class Sequences(NamedTuple):

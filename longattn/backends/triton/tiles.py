@@ -26,20 +26,22 @@ def rows_of(rows, b, h, first):
 
 
 @triton.jit
-def _places(base, token, start, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    within = tl.arange(0, BLOCK).to(tl.int64)[:, None] * token + tl.arange(0, BLOCK_WIDTH)[None, :]
-    return base + tl.cast(start, tl.int64) * token + within
+def _places(base, rows, start, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    row = tl.arange(0, BLOCK)[:, None]
+    if rows.wide is not None:
+        row = row.to(tl.int64)
+    return base + tl.cast(start, tl.int64) * rows.token + (row * rows.token + tl.arange(0, BLOCK_WIDTH)[None, :])
 
 
 @triton.jit
 def load_rows(
-    base, token, start, inside, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TEST: tl.constexpr
+    base, rows, start, inside, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TEST: tl.constexpr
 ):
-    """Rows start..start + BLOCK of a head, [BLOCK, BLOCK_WIDTH]; 0 past WIDTH, and where `inside` [BLOCK] says no.
+    """Rows start..start + BLOCK of the head at `base`, [BLOCK, BLOCK_WIDTH]; 0 past WIDTH or not `inside` [BLOCK].
 
     TEST: whether to look at `inside` at all.
     """
-    places = _places(base, token, start, BLOCK, BLOCK_WIDTH)
+    places = _places(base, rows, start, BLOCK, BLOCK_WIDTH)
     if TEST:
         if WIDTH == BLOCK_WIDTH:
             return tl.load(places, mask=inside[:, None], other=0.0)
@@ -51,9 +53,9 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(base, token, start, inside, x, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+def store_rows(base, rows, start, inside, x, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Write the rows of x [BLOCK, BLOCK_WIDTH] where `inside` [BLOCK] says so."""
-    places = _places(base, token, start, BLOCK, BLOCK_WIDTH)
+    places = _places(base, rows, start, BLOCK, BLOCK_WIDTH)
     columns = tl.arange(0, BLOCK_WIDTH) < WIDTH
     tl.store(places, x.to(base.dtype.element_ty), mask=inside[:, None] & columns[None, :])
 
