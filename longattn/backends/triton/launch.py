@@ -200,7 +200,8 @@ def _visibility(problem: Problem, tensors: Tensors) -> Visibility:
 
 
 def _score_terms(problem: Problem, tensors: Tensors) -> ScoreTerms:
-    bias, strides, slopes = tensors.bias, (0, 0, 0, 0), _float32(tensors.alibi_slopes)
+    bias, slopes = tensors.bias, _float32(tensors.alibi_slopes)
+    strides: tuple[int, ...] = (0, 0, 0, 0)
     if bias is not None:
         strides = tuple(0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
         bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
