@@ -34,8 +34,8 @@ class Kernels(NamedTuple):
 # Per architecture, {padded head width: tiles} for 16-bit types; the wider of D and Dv counts.
 _HALF: dict[int, dict[int, Kernels]] = {
     80: {
-        64: Kernels(Tiles(128, 64, 4, 3), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 1)),
-        128: Kernels(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1)),
+        64: Kernels(Tiles(128, 64, 8, 3), Tiles(32, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 1)),
+        128: Kernels(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1)),
         256: Kernels(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
         512: Kernels(Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
