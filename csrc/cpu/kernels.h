@@ -13,7 +13,7 @@ namespace longattn {
 // head kv_head * group + r % group. 64 rows make a panel, the unit of the kernels: its rows lie in the lanes of
 // vectors.
 constexpr int64_t kPanelRows = 64;
-constexpr int64_t kTilePanels = 8;  // of a query tile, unless the heads of one query fill more
+constexpr int64_t kTilePanels = 4;  // of a query tile, unless the heads of one query fill more
 constexpr int64_t kKeyBlock = 128;  // keys held in a tile
 constexpr int64_t kMaxWidth = 512;  // of a head
 

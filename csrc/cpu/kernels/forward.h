@@ -5,7 +5,8 @@
 //
 // and after each block O += V^T P, [Dv, 64], with c = scale log2(e) (scores.h). The reference r of a row is c times the
 // largest score that it had seen when r was last moved; it moves when weights outgrow it by kLimit, which they seldom
-// do, and then l and O are rescaled. At the end out = O / l and lse = (r + log2 l) ln 2; a learned sink adds to l alone.
+// do, and then l and O are rescaled. At the end out = O / l and lse = (r + log2 l) ln 2; a learned sink adds to l
+// alone.
 #pragma once
 
 #include <cmath>

@@ -1,7 +1,7 @@
-// Register-tiled products of small tiles: C[m][n] = sum_k A(m, k) B[k][n], added to what C holds if `add`. One unit of a row of A is broadcast
-// against vectors of B; kRegisterRows rows by kRegisterColumns vectors of C stay in registers. A unit is a number, or a
-// pair of bfloat16 numbers for the instructions that multiply pairs and add both products: then k counts pairs, and
-// B[k][n] holds a pair too.
+// Register-tiled products of small tiles: C[m][n] = sum_k A(m, k) B[k][n], added to what C holds if `add`. One unit of
+// a row of A is broadcast against vectors of B; kRegisterRows rows by kRegisterColumns vectors of C stay in registers.
+// A unit is a number, or a pair of bfloat16 numbers for the instructions that multiply pairs and add both products:
+// then k counts pairs, and B[k][n] holds a pair too.
 #pragma once
 
 #include "cpu/kernels/simd.h"
@@ -74,8 +74,7 @@ inline void tile_product(int64_t depth, const typename Dot::Unit* __restrict a, 
 
 template <class Dot, Order order, int Columns>
 inline void column_product(int64_t rows, int64_t depth, const typename Dot::Unit* a, int64_t lda,
-                           const typename Dot::Unit* b, int64_t ldb, typename Dot::Sum* c, int64_t ldc,
-                           bool add) {
+                           const typename Dot::Unit* b, int64_t ldb, typename Dot::Sum* c, int64_t ldc, bool add) {
   const int64_t step = order == Order::kRowMajor ? lda : 1;
   int64_t m = 0;
   for (; m + kRegisterRows <= rows; m += kRegisterRows)
@@ -98,8 +97,7 @@ inline void column_product(int64_t rows, int64_t depth, const typename Dot::Unit
 // rows x columns, `columns` a multiple of the vector width; strides of a and b in units.
 template <class Dot, Order order>
 void product(int64_t rows, int64_t columns, int64_t depth, const typename Dot::Unit* a, int64_t lda,
-             const typename Dot::Unit* b, int64_t ldb, typename Dot::Sum* c, int64_t ldc,
-             bool add) {
+             const typename Dot::Unit* b, int64_t ldb, typename Dot::Sum* c, int64_t ldc, bool add) {
   constexpr int W = kWidth<typename Dot::Sum>;
   for (int64_t n = 0; n < columns;) {
     const int64_t vectors = (columns - n) / W;

@@ -73,8 +73,7 @@ struct FloatOperands {
   static void add_weights_times_rows(int64_t keys, int64_t columns, const Operand* weights, const Operand* right,
                                      Sum* c) {
     const int64_t width = row_width(columns);
-    product<Dot, Order::kRowMajor>(keys, width, kPanelRows, weights, kPanelRows, right, width, c, width,
-                                   true);
+    product<Dot, Order::kRowMajor>(keys, width, kPanelRows, weights, kPanelRows, right, width, c, width, true);
   }
 };
 
@@ -116,6 +115,8 @@ struct BFloat16Operands {
       }
       const int64_t token = s.k_start + first + j;
       const char* from = row_address(x, p.dtype, s.row, head, token);
+      const char* in_next_block = from + kKeyBlock * x.token * static_cast<int64_t>(sizeof(Operand));
+      for (int64_t c = 0; c < columns; c += 32) __builtin_prefetch(in_next_block + c * sizeof(Operand));
       if (rotated) {
         load_row(from, p.dtype, columns, row);
         rotate_row(row, p.rotated, p.k_angles, s.index, token, p.interleaved, false);
@@ -199,8 +200,7 @@ struct BFloat16Operands {
   static void add_weights_times_rows(int64_t keys, int64_t columns, const Operand* weights, const Operand* right,
                                      Sum* c) {
     const int64_t width = row_width(columns);
-    pair_product(keys, width, kPanelRows / 2, units(weights), kPanelRows / 2, units(right), width, c, width,
-                 true);
+    pair_product(keys, width, kPanelRows / 2, units(weights), kPanelRows / 2, units(right), width, c, width, true);
   }
 
  private:
