@@ -24,6 +24,7 @@ template <class T>
 struct PanelState {                     // of the online softmax; lanes
   alignas(64) T reference[kPanelRows];  // r; -inf before the first visible key
   alignas(64) T total[kPanelRows];      // l
+  alignas(64) T step[kPanelRows];       // sum P of the latest step
 };
 
 template <class Operands>
@@ -64,7 +65,8 @@ inline bool has_references(int64_t lanes, const PanelState<T>& state) {
   return !any<T>(missing);
 }
 
-// Moves references up to the largest of `keys` scores; what was summed decays.
+// Where a row has no reference or its weights outgrow it, moves it up to the largest of `keys` scores; what was summed
+// decays. A row's result depends on no other row.
 template <class T>
 inline void move_references(int64_t keys, int64_t lanes, T exponent, const T* scores, PanelState<T>* state,
                             int64_t columns, T* sums) {
@@ -73,7 +75,9 @@ inline void move_references(int64_t keys, int64_t lanes, T exponent, const T* sc
   for (int64_t n = 0; n < lanes; n += W) {
     Vec<T> largest = unseen;
     for (int64_t j = 0; j < keys; ++j) largest = maximum<T>(load<T>(scores + j * kPanelRows + n), largest);
-    const Vec<T> before = load<T>(state->reference + n), after = maximum<T>(largest * exponent, before);
+    const Vec<T> before = load<T>(state->reference + n);
+    const IntVec<T> moves = (before == unseen) | ~(load<T>(state->step + n) <= splat<T>(T(kLimit)));
+    const Vec<T> after = moves ? maximum<T>(largest * exponent, before) : before;
     const Vec<T> decay = exp2<T, kFullTerms<T>>(after == unseen ? Vec<T>{} : before - after);  // -inf - -inf is NaN
     store<T>(state->reference + n, after);
     store<T>(state->total + n, load<T>(state->total + n) * decay);
@@ -84,13 +88,12 @@ inline void move_references(int64_t keys, int64_t lanes, T exponent, const T* sc
   }
 }
 
-// Scores of `keys` keys become weights, as right operand. False if their sum outgrows a reference: then the state is as
-// before. `keep`, if not nullptr, multiplies the weights, not their sum.
+// Scores of `keys` keys become weights, as right operand. False if those of some row outgrow its reference. `keep`, if
+// not nullptr, multiplies the weights, not their sum.
 template <class Operands, class T = typename Operands::Sum>
 inline bool weigh(int64_t keys, int64_t lanes, T exponent, const T* scores, const T* keep,
                   typename Operands::Operand* weights, PanelState<T>* state) {
   constexpr int W = kWidth<T>;
-  alignas(64) T totals[kPanelRows];
   IntVec<T> outgrown{};
   for (int64_t n = 0; n < lanes; n += W) {
     const T* column = scores + n;
@@ -117,12 +120,10 @@ inline bool weigh(int64_t keys, int64_t lanes, T exponent, const T* scores, cons
     }
     sum += other_sum;
     outgrown |= ~(sum <= splat<T>(T(kLimit)));
-    store<T>(totals + n, load<T>(state->total + n) + sum);
+    store<T>(state->step + n, sum);
   }
   Operands::pad_right(weights, keys);
-  if (any<T>(outgrown)) return false;
-  std::memcpy(state->total, totals, lanes * sizeof(T));
-  return true;
+  return !any<T>(outgrown);
 }
 
 // Writes a row of out and lse, given those of its keys alone: a learned sink takes its share here.
@@ -235,16 +236,21 @@ inline void forward_block(const ForwardScratch<Operands>& scratch, int64_t n, co
     };
     score();
     if (scratch.keep) dropout_multipliers<T>(panel, key, keys, scratch.keep);
-    bool weighed = false;
-    if (has_references(lanes, *state)) {
-      weighed = weigh<Operands>(keys, lanes, exponent, scores, scratch.keep, weights, state);
-      if (!weighed) score();  // weights may have taken the place of scores
-    }
-    if (!weighed) {
+    const auto move = [&] {
       sum_up(key);
       move_references<T>(keys, lanes, exponent, scores, state, p.v_head_dim, sums);
-      weigh<Operands>(keys, lanes, exponent, scores, scratch.keep, weights, state);
+    };
+    const auto weigh_step = [&] {
+      return weigh<Operands>(keys, lanes, exponent, scores, scratch.keep, weights, state);
+    };
+    if (!has_references(lanes, *state)) move();
+    if (!weigh_step()) {
+      score();  // weights may have taken the place of scores
+      move();
+      weigh_step();
     }
+    for (int64_t n = 0; n < lanes; n += kWidth<T>)
+      store<T>(state->total + n, load<T>(state->total + n) + load<T>(state->step + n));
   }
   sum_up(to);
 }
@@ -269,7 +275,7 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
     std::memset(scratch.sums + n * sum_stride, 0, sum_stride * sizeof(T));
     for (int64_t r = 0; r < kPanelRows; ++r) {
       scratch.states[n].reference[r] = T(-kInfinity);
-      scratch.states[n].total[r] = T(0);
+      scratch.states[n].total[r] = scratch.states[n].step[r] = T(0);
     }
   }
 
