@@ -40,6 +40,10 @@ QueryTile piece_of(const AttentionParams& p, QueryTile tile, int64_t piece, int6
 
 void attention_forward(const AttentionParams& params) {
   check_forward(params);
+  run_forward(params);
+}
+
+void run_forward(const AttentionParams& params) {
   const Kernels& isa = kernels();
   const std::vector<QueryTile> tiles = query_tiles(params);
   const int64_t count = static_cast<int64_t>(tiles.size()), pieces = pieces_per_tile(params, tiles);

@@ -20,8 +20,7 @@ int64_t cost(const AttentionParams& p, const QueryTile& tile) {
 }  // namespace
 
 KeyRange keys_of(const AttentionParams& p, const QueryTile& tile) {
-  const int64_t first = tile.first_query + tile.sequence.shift;
-  return kv_range({p.left, p.right, p.sinks}, first, first + tile.queries - 1, tile.sequence.lk);
+  return kv_range(p, tile.sequence, tile.first_query, tile.first_query + tile.queries - 1);
 }
 
 int64_t panels_per_tile(const AttentionParams& p) {

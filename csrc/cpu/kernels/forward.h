@@ -31,7 +31,7 @@ template <class Operands>
 struct ForwardScratch {
   using T = typename Operands::Sum;
   using Operand = typename Operands::Operand;
-  Operand *queries, *keys, *values, *values_across, *weights;
+  Operand *queries, *queries_of_sinks, *keys, *values, *values_across, *weights;
   T *rows, *staging, *scores, *sums, *keep;
   PanelState<T>* states;
   Panel* panels;
@@ -40,7 +40,8 @@ struct ForwardScratch {
   ForwardScratch(const AttentionParams& p, int64_t count, char* base) {
     Arena arena{base};
     queries = arena.take<Operand>(count * Operands::panel_size(p.head_dim));  // Q^T, right, of each panel
-    sums = arena.take<T>(count * kPanelRows * row_width(p.v_head_dim));       // O^T [Dv][64] of each panel
+    queries_of_sinks = p.frame > 0 ? arena.take<Operand>(count * Operands::panel_size(p.head_dim)) : queries;
+    sums = arena.take<T>(count * kPanelRows * row_width(p.v_head_dim));  // O^T [Dv][64] of each panel
     states = arena.take<PanelState<T>>(count);
     panels = arena.take<Panel>(count);
     rows = arena.take<T>(kPanelRows * larger(row_width(p.head_dim), row_width(p.v_head_dim)));
@@ -206,14 +207,13 @@ inline PanelRange union_range(const Panel* panels, int64_t count) {
 
 // Keys [from, to) of the block that starts at key `first`, for panel n.
 template <class Operands>
-inline void forward_block(const ForwardScratch<Operands>& scratch, int64_t n, const typename Operands::Operand* values,
-                          int64_t first, int64_t from, int64_t to) {
+inline void forward_block(const ForwardScratch<Operands>& scratch, int64_t n, const typename Operands::Operand* queries,
+                          const typename Operands::Operand* values, int64_t first, int64_t from, int64_t to) {
   using T = typename Operands::Sum;
   const Panel& panel = scratch.panels[n];
   const AttentionParams& p = *panel.params;
   const T exponent = static_cast<T>(score_scale(p).exponent);
   const int64_t lanes = panel_lanes(panel);
-  const auto* queries = scratch.queries + n * Operands::panel_size(p.head_dim);
   auto* block_weights = Operands::weights(scratch.scores, scratch.weights);
   T* sums = scratch.sums + n * kPanelRows * row_width(p.v_head_dim);
   PanelState<T>* state = scratch.states + n;
@@ -272,6 +272,12 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
     restrict(tile.first_key, tile.last_key, &scratch.panels[n].range);
     load_panel<T>(scratch.panels[n], p.q, p.head_dim, row_width(p.head_dim), factor, p.rotated > 0, scratch.rows);
     Operands::right_of_transposed_rows(scratch.rows, p.head_dim, scratch.queries + n * query_stride, scratch.staging);
+    if (p.frame > 0) {
+      load_panel<T>(scratch.panels[n], p.q, p.head_dim, row_width(p.head_dim), factor, p.rotated > 0, scratch.rows,
+                    true);
+      Operands::right_of_transposed_rows(scratch.rows, p.head_dim, scratch.queries_of_sinks + n * query_stride,
+                                         scratch.staging);
+    }
     std::memset(scratch.sums + n * sum_stride, 0, sum_stride * sizeof(T));
     for (int64_t r = 0; r < kPanelRows; ++r) {
       scratch.states[n].reference[r] = T(-kInfinity);
@@ -283,9 +289,10 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
   for (int segment = 0; segment < 2; ++segment) {
     const bool sinks = segment == 0;
     const int64_t start = sinks ? all.sinks_start : all.start, stop = sinks ? all.sinks_stop : all.stop;
+    const auto* queries = sinks ? scratch.queries_of_sinks : scratch.queries;
     for (int64_t first = start; first < stop; first += kKeyBlock) {
       const int64_t last = smaller(first + kKeyBlock, stop);
-      Operands::load_left(p, tile.sequence, tile.kv_head, p.k, first, last - first, p.head_dim, p.rotated > 0,
+      Operands::load_left(p, tile.sequence, tile.kv_head, p.k, first, last - first, p.head_dim, turns_keys(p),
                           scratch.keys, scratch.staging);
       Operands::load_left(p, tile.sequence, tile.kv_head, p.v, first, last - first, p.v_head_dim, false, scratch.values,
                           scratch.staging);
@@ -294,7 +301,7 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
         const PanelRange& range = scratch.panels[n].range;
         const int64_t from = larger(first, sinks ? range.sinks_start : range.start);
         const int64_t to = smaller(last, sinks ? range.sinks_stop : range.stop);
-        if (from < to) forward_block<Operands>(scratch, n, values, first, from, to);
+        if (from < to) forward_block<Operands>(scratch, n, queries + n * query_stride, values, first, from, to);
       }
     }
   }

@@ -107,23 +107,21 @@ struct BFloat16Operands {
   static void load_left(const AttentionParams& p, const Sequence& s, int64_t head, const Tensor4& x, int64_t first,
                         int64_t keys, int64_t columns, bool rotated, Operand* left, Sum* row) {
     const int64_t width = width_of(columns);
+    KeyRows rows(p, s, x, head);
     for (int64_t j = 0; j < keys; ++j) {
       Operand* to = left + j * width;
       if (p.key_mask && !p.key_mask[s.index * p.nk + first + j]) {
         std::memset(to, 0, width * sizeof(Operand));
         continue;
       }
-      const int64_t token = s.k_start + first + j;
-      const char* from = row_address(x, p.dtype, s.row, head, token);
-      const char* in_next_block = from + kKeyBlock * x.token * static_cast<int64_t>(sizeof(Operand));
-      for (int64_t c = 0; c < columns; c += 32) __builtin_prefetch(in_next_block + c * sizeof(Operand));
-      if (rotated) {
-        load_row(from, p.dtype, columns, row);
-        rotate_row(row, p.rotated, p.k_angles, s.index, token, p.interleaved, false);
+      if (rotated || rows.dtype() != DType::kBFloat16) {
+        rows.load(first + j, columns, row);
+        if (rotated) rotate_row(row, p.rotated, p.k_angles, s.index, angle_of(p, s, first + j), p.interleaved, false);
         store_row(row, DType::kBFloat16, columns, reinterpret_cast<char*>(to));
         std::memset(to + columns, 0, (width - columns) * sizeof(Operand));
       } else {
-        copy_row(reinterpret_cast<const Operand*>(from), columns, to);
+        copy_row(reinterpret_cast<const Operand*>(rows.at(first + j)), columns, to);
+        rows.prefetch(first + j + kKeyBlock, columns * sizeof(Operand));
       }
     }
     std::memset(left + keys * width, 0, (round_up(keys, kDepth) - keys) * width * sizeof(Operand));

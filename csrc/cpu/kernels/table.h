@@ -1,6 +1,7 @@
 // The kernels of one instruction set: included by each file of targets/, which names it in LONGATTN_TARGET.
 #pragma once
 
+#include "cpu/kernels/append.h"
 #include "cpu/kernels/backward.h"
 #include "cpu/kernels/forward.h"
 #include "cpu/kernels/peak.h"
@@ -51,6 +52,15 @@ void backward_bias(const AttentionParams& p, const BiasTile& tile, char* scratch
   with_operands(p.dtype, [&](auto o) { bias_tile<decltype(o)>(p, tile, scratch); });
 }
 
+int64_t append_scratch(const AttentionParams& p) {
+  return larger(p.head_dim, p.v_head_dim) *
+         static_cast<int64_t>(p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
+}
+
+void append(const AttentionParams& p, const KeyTile& tile, char* scratch) {
+  p.dtype == DType::kFloat64 ? append_tile<double>(p, tile, scratch) : append_tile<float>(p, tile, scratch);
+}
+
 int64_t rope_scratch(const RopeParams& p) {
   return p.width * static_cast<int64_t>(p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
 }
@@ -64,17 +74,9 @@ void rope(const RopeParams& p, int64_t batch, int64_t head, int64_t first, int64
 
 namespace LONGATTN_TARGET {
 extern const Kernels table;
-const Kernels table = {forward_scratch,
-                       forward,
-                       forward_merge,
-                       backward_delta,
-                       backward_scratch,
-                       backward,
-                       backward_finish,
-                       backward_bias,
-                       burst,
-                       rope_scratch,
-                       rope};
+const Kernels table = {forward_scratch, forward,         forward_merge, backward_delta, backward_scratch,
+                       backward,        backward_finish, backward_bias, burst,          append_scratch,
+                       append,          rope_scratch,    rope};
 }  // namespace LONGATTN_TARGET
 
 }  // namespace longattn
