@@ -235,7 +235,7 @@ def cached(
                 raise InvalidInput("tree", f"at most {mask.left} ancestors while sinks are missing", "more")
             branches = branches & mask.visible(places[:, :, None], places[:, None])  # [B, T, T]
         mask = replace(mask, right=None)
-        if positions is None:
+        if positions is None and rotation is not None:
             positions = places
     if positions is not None:
         if rotation is None or rotation.cos is not None:

@@ -306,7 +306,7 @@ def _double_backward_impl(*args: Any) -> tuple[Tensor, ...]:
     call, (dout, dlse, *tangents, wanted) = args[: -len(_DIFFERENTIABLE) - 3], args[-len(_DIFFERENTIABLE) - 3 :]
     tensors, problem, _ = _unflatten(call)
     grads = _empty_gradients(tensors, wanted[:-2])
-    ddout, ddlse = _empty_results(tensors)
+    ddout, ddlse = _empty_results(tensors.q, tensors.v)
     dtype = problem.accumulate_dtype
     with torch.autocast(problem.device, enabled=False):
         eager.double_backward(problem, tensors, dout, dlse, Gradients(*tangents), grads, ddout, ddlse, dtype)
@@ -316,7 +316,7 @@ def _double_backward_impl(*args: Any) -> tuple[Tensor, ...]:
 def _double_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     tensors = Tensors(*args[:_NUM_TENSORS])
     grads = _empty_gradients(tensors, args[-1][:-2])
-    return _fixed_arity((*grads, *_empty_results(tensors)), tensors.q)
+    return _fixed_arity((*grads, *_empty_results(tensors.q, tensors.v)), tensors.q)
 
 
 def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:

@@ -156,6 +156,7 @@ def test_draft_trees(kind: str, backend: str) -> None:
             steps.cache.truncate(row, before[row])
             del steps.model.tokens[row][before[row] :]
     steps.step(4, [4, 2], None, [-1, 0, 0, 1])
+    stream(kind, backend, torch.float32).step(3, None, None, [-1, -1, 1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
