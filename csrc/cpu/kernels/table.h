@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/append.h"
 #include "cpu/kernels/backward.h"
+#include "cpu/kernels/decode.h"
 #include "cpu/kernels/forward.h"
 #include "cpu/kernels/peak.h"
 #include "cpu/kernels/rope.h"
@@ -20,10 +21,15 @@ auto with_operands(DType dtype, F f) {
 }
 
 int64_t forward_scratch(const AttentionParams& p, int64_t panels) {
-  return with_operands(p.dtype, [&](auto o) { return ForwardScratch<decltype(o)>(p, panels, nullptr).bytes; });
+  const int64_t few =
+      p.dtype == DType::kFloat64 ? DecodeScratch<double>(p, nullptr).bytes : DecodeScratch<float>(p, nullptr).bytes;
+  return larger(few,
+                with_operands(p.dtype, [&](auto o) { return ForwardScratch<decltype(o)>(p, panels, nullptr).bytes; }));
 }
 
 void forward(const AttentionParams& p, const QueryTile& tile, char* scratch) {
+  if (has_few_rows(p, tile))
+    return p.dtype == DType::kFloat64 ? decode_tile<double>(p, tile, scratch) : decode_tile<float>(p, tile, scratch);
   with_operands(p.dtype, [&](auto o) { forward_tile<decltype(o)>(p, tile, scratch); });
 }
 
