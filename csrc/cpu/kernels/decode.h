@@ -16,6 +16,8 @@ namespace longattn {
 namespace {
 
 constexpr int64_t kFewRows = 8;
+constexpr int64_t kAhead =
+    16;  // rows to fetch before they are read: pages end too soon for the processor to guess them
 
 template <class T>
 struct DecodeScratch {
@@ -37,10 +39,12 @@ struct DecodeScratch {
 template <class T>
 struct Plain {
   using Sum = T;
+  static constexpr int64_t kBytes = sizeof(T);
   static Vec<T> load(const char* row, int64_t c) { return longattn::load<T>(reinterpret_cast<const T*>(row) + c); }
 };
 struct BFloat16 {
   using Sum = float;
+  static constexpr int64_t kBytes = 2;
   static Vec<float> load(const char* row, int64_t c) {
     typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
     typedef uint32_t Whole __attribute__((vector_size(kVectorBytes)));
@@ -55,7 +59,7 @@ struct BFloat16 {
 
 // The keys of a block, row by row.
 struct Block {
-  const char* rows[kKeyBlock + 16];  // past the last: as the last
+  const char* rows[kKeyBlock + 2 * kAhead];  // past the last: as the last
   int64_t keys;
 };
 
@@ -85,6 +89,7 @@ inline void dot_products(const Block& block, int64_t columns, const T* queries, 
       for (int r = 0; r < R; ++r) q[r] = load<T>(queries + r * width + c);
 #pragma GCC unroll 16
       for (int k = 0; k < K; ++k) {
+        __builtin_prefetch(block.rows[j + k + kAhead] + c * Stored::kBytes);
         const Vec<T> key = Stored::load(block.rows[j + k], c);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) sums[k * R + r] += key * q[r];
@@ -109,7 +114,10 @@ inline void add_values(const Block& block, int64_t c, const T* weights, const T*
   for (int64_t j = 0; j < block.keys; ++j) {
     Vec<T> value[C];
 #pragma GCC unroll 4
-    for (int n = 0; n < C; ++n) value[n] = Stored::load(block.rows[j], c + n * W);
+    for (int n = 0; n < C; ++n) {
+      __builtin_prefetch(block.rows[j + kAhead] + (c + n * W) * Stored::kBytes);
+      value[n] = Stored::load(block.rows[j], c + n * W);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const T weight = weights[j * kPanelRows + r];
@@ -138,7 +146,7 @@ inline Block rows_in_place(KeyRows* rows, int64_t first, int64_t keys) {
   Block block;
   block.keys = keys;
   for (int64_t j = 0; j < keys; ++j) block.rows[j] = rows->at(first + j);
-  for (int64_t j = keys; j < keys + kWidth<T>; ++j) block.rows[j] = block.rows[keys - 1];
+  for (int64_t j = keys; j < keys + 2 * kAhead; ++j) block.rows[j] = block.rows[keys - 1];
   return block;
 }
 
@@ -158,7 +166,7 @@ inline void with_rows(const AttentionParams& p, const Sequence& s, int64_t kv_he
   load_keys<T>(p, s, kv_head, x, first, keys, columns, width, rotated, staging);
   Block block;
   block.keys = keys;
-  for (int64_t j = 0; j < keys + kWidth<T>; ++j)
+  for (int64_t j = 0; j < keys + 2 * kAhead; ++j)
     block.rows[j] = reinterpret_cast<const char*>(staging + smaller(j, keys - 1) * width);
   f(Plain<T>{}, block, width);
 }
