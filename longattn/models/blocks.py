@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longattn.cache import Cache
 from longattn.models.config import TransformerConfig
 from longattn.nn import Attention
 
@@ -54,7 +57,16 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.feed_forward = SwiGLU(config.dim, config.hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, C] to [B, N, C]."""
-        x = x + self.attention(self.attention_norm(x))
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cache: Cache | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        tree: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """[B, N, C] to [B, N, C]. cache, lengths, sequences, tree: as in `longattn.nn.Attention`."""
+        attended = self.attention(self.attention_norm(x), cache=cache, lengths=lengths, sequences=sequences, tree=tree)
+        x = x + attended
         return x + self.feed_forward(self.feed_forward_norm(x))

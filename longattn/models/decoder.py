@@ -12,11 +12,13 @@ Shapes: B sequences, N tokens, C model width, V token ids.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from longattn.cache import Cache
 from longattn.errors import InvalidInput
 from longattn.models.blocks import Block
 from longattn.models.config import FULL, SLIDING, TransformerConfig
@@ -61,26 +63,49 @@ class Decoder(nn.Module):
         """The output projection, [V, C]."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        caches: Sequence[Cache] | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        tree: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
         """The logits of each next token.
 
         Args:
             tokens: int [B, N], ids below V.
+            caches: one a layer (see `longattn.models.make_caches`): the tokens continue what was read before. When
+                this fails, the layers may have read different numbers of tokens.
+            lengths, sequences, tree: with caches, as in `longattn.attention_with_cache`.
 
         Returns:
             [B, N, V]. At long N, `loss` does without them.
 
         Raises:
-            InvalidInput: tokens of another shape or dtype, or an id out of range.
+            InvalidInput: tokens of another shape or dtype, an id out of range, or caches of another model.
         """
-        return nn.functional.linear(self.hidden_states(tokens), self.output_weight)
+        hidden = self.hidden_states(tokens, caches=caches, lengths=lengths, sequences=sequences, tree=tree)
+        return nn.functional.linear(hidden, self.output_weight)
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        *,
+        caches: Sequence[Cache] | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        tree: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
         """The normalised output of the last block, [B, N, C]: what the output projection reads."""
         self._check_ids(tokens)
+        if caches is not None and len(caches) != len(self.blocks):
+            raise InvalidInput("caches", f"{len(self.blocks)}, one a layer", len(caches))
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
+        for layer, block in enumerate(self.blocks):
+            cache = None if caches is None else caches[layer]
+            x = block(x, cache=cache, lengths=lengths, sequences=sequences, tree=tree)
         return self.norm(x)
 
     def loss(self, tokens: Tensor, targets: Tensor, *, reduction: str = "mean", chunk: int = 1024) -> Tensor:
