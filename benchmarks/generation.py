@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longattn import Cache, KVCache, PagedKVCache, Rope, SlidingKVCache, attention_with_cache
+from longattn import KVCache, PagedKVCache, Rope, SlidingKVCache, attention_with_cache
 from longattn.bench.clock import in_turn, make_clock
+from longattn.cache import Cache
 from longattn.evaluation import loss_in_short_windows
 from longattn.integrations.huggingface import from_hf
 from longattn.models import Decoder, GenerationConfig, make_caches

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -233,7 +235,7 @@ def test_texts_have_the_distribution_of_the_model(drafted: bool, sampling: Sampl
 @pytest.mark.parametrize("guesses", [1, 4])
 def test_drafts_change_no_greedy_token(name: str, guesses: int) -> None:
     model, batch = decoder(**MODELS[name]), prompts(1, 9, 4)
-    config = GenerationConfig(max_new_tokens=21, draft_tokens=guesses)
+    config = GenerationConfig(max_new_tokens=14, draft_tokens=guesses)
     # A model that always agrees, one that never does, and one that does at times.
     sometimes = decoder(**MODELS[name])
     for weight in sometimes.parameters():
@@ -241,9 +243,9 @@ def test_drafts_change_no_greedy_token(name: str, guesses: int) -> None:
     for draft in (model, decoder(1, layers=1, pattern="S", window=2), sometimes):
         pieces = list(stream(model, batch, config, draft=draft))
         for row, prompt in enumerate(batch):
-            assert [piece.token for piece in pieces if piece.sequence == row] == uncached(model, prompt, 21)
+            assert [piece.token for piece in pieces if piece.sequence == row] == uncached(model, prompt, 14)
         if draft is model:  # all but the one that each call of the model adds
-            assert sum(piece.drafted for piece in pieces) == 3 * sum((i + 1) % (guesses + 1) > 0 for i in range(21))
+            assert sum(piece.drafted for piece in pieces) == 3 * sum((i + 1) % (guesses + 1) > 0 for i in range(14))
 
 
 def test_drafts_with_a_penalty_and_stops() -> None:
@@ -448,3 +450,10 @@ def test_uniform_numbers_are_the_generator_s() -> None:
     first = uniform(2, 3, generator, torch.device("cpu"))
     assert torch.equal(first, uniform(2, 3, generator.manual_seed(3), torch.device("cpu")))
     assert first.dtype == torch.float64 and 0 <= first.min() and first.max() < 1
+
+
+def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "generation.md"
+    [example] = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(example, str(page), "exec"), {})
+    assert capsys.readouterr().out.startswith(("20 length\n", "20 stop\n"))
