@@ -59,7 +59,7 @@ def decode(longest: int, window: int, heads: int, kv_heads: int, head_dim: int, 
     click.echo(f"{'context':>8} {'contiguous':>12} {'paged':>12} {'by contiguous':>14} {f'ring {window}':>12}")
     lengths = itertools.takewhile(lambda n: n <= longest, (1024 * 4**power for power in itertools.count()))
     for length in lengths:
-        room = length + rounds + 8
+        room = length + 4 * rounds  # the clock may call more than once a round
         caches = [
             KVCache(*shape, capacity=room, **where),
             PagedKVCache(*shape, num_pages=-(-room // _PAGE_SIZE), page_size=_PAGE_SIZE, **where),
