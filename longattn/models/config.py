@@ -177,7 +177,9 @@ class TransformerConfig:
                 object.__setattr__(self, "encoder_layers", self.layers)
             _check_int("encoder_layers", self.encoder_layers)
         elif self.encoder_layers is not None:
-            raise InvalidInput("encoder_layers", f"None for the architecture {self.architecture!r}", self.encoder_layers)
+            raise InvalidInput(
+                "encoder_layers", f"None for the architecture {self.architecture!r}", self.encoder_layers
+            )
         if isinstance(self.token_types, bool) or not isinstance(self.token_types, int) or self.token_types < 0:
             raise InvalidInput("token_types", "an int >= 0", repr(self.token_types))
         if self.token_types and self.architecture != ENCODER:

@@ -54,9 +54,7 @@ class Decoder(Stack):
         """The output projection, [V, C]."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def forward(
-        self, tokens: Tensor, *, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """The logits of each next token.
 
         Args:

@@ -75,9 +75,7 @@ class EncoderDecoder(nn.Module):
         hidden = self.decode(tokens, memory, source_mask=source_mask, source_lens=source_lens)
         return F.linear(hidden, self.output_weight)
 
-    def encode(
-        self, source: Tensor, *, source_mask: Tensor | None = None, source_lens: Tensor | None = None
-    ) -> Tensor:
+    def encode(self, source: Tensor, *, source_mask: Tensor | None = None, source_lens: Tensor | None = None) -> Tensor:
         """The memory [B, M, C] that the decoder attends to; arguments as `forward`."""
         check_ids("source", source, self.config.vocab_size)
         embedding = self.embedding if self.source_embedding is None else self.source_embedding
@@ -96,9 +94,7 @@ class EncoderDecoder(nn.Module):
         if memory.dim() != 3 or memory.shape[0] != tokens.shape[0] or memory.shape[2] != self.config.dim:
             expected = f"[{tokens.shape[0]}, M, {self.config.dim}]"
             raise InvalidInput("memory", expected, f"shape {tuple(memory.shape)}")
-        return self.decoder.run(
-            self.embedding(tokens), memory=memory, memory_mask=source_mask, memory_lens=source_lens
-        )
+        return self.decoder.run(self.embedding(tokens), memory=memory, memory_mask=source_mask, memory_lens=source_lens)
 
     def loss(
         self,

@@ -82,9 +82,7 @@ class Stack(nn.Module):
             x = block(x, **attention)
         return self.blocks[layer].weights(x, rows, cross=cross, **attention)
 
-    def _enter(
-        self, x: Tensor, token_types: Tensor | None, attention: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def _enter(self, x: Tensor, token_types: Tensor | None, attention: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """What the first block takes."""
         config, cu_seqlens = self.config, attention.get("cu_seqlens")
         if cu_seqlens is not None and attention.get("max_seqlen") is None:
