@@ -9,7 +9,9 @@ from longattn.models.encoder_decoder import EncoderDecoder
 
 __all__ = ["build"]
 
-_MODELS = {DECODER: Decoder, ENCODER: Encoder, ENCODER_DECODER: EncoderDecoder}
+_MODELS: dict[str, type[Decoder] | type[Encoder] | type[EncoderDecoder]] = {
+    DECODER: Decoder, ENCODER: Encoder, ENCODER_DECODER: EncoderDecoder,
+}
 
 
 def build(config: TransformerConfig) -> Decoder | Encoder | EncoderDecoder:

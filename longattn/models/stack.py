@@ -43,7 +43,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config, layer, causal=causal, cross_attention=cross_attention) for layer in range(layers)
         )
-        self.norm = make_norm(config) if config.norm_first else nn.Identity()
+        self.norm: nn.Module = make_norm(config) if config.norm_first else nn.Identity()
 
     def run(self, x: Tensor, *, token_types: Tensor | None = None, **attention: Any) -> Tensor:
         """The output of the last block, normalised: [B, N, C], or [T, C] if packed.
