@@ -14,7 +14,11 @@ from longattn.nn import Attention
 
 __all__ = ["Block", "FeedForward", "SwiGLU", "make_norm"]
 
-_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class SwiGLU(nn.Module):

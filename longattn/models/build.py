@@ -10,7 +10,9 @@ from longattn.models.encoder_decoder import EncoderDecoder
 __all__ = ["build"]
 
 _MODELS: dict[str, type[Decoder] | type[Encoder] | type[EncoderDecoder]] = {
-    DECODER: Decoder, ENCODER: Encoder, ENCODER_DECODER: EncoderDecoder,
+    DECODER: Decoder,
+    ENCODER: Encoder,
+    ENCODER_DECODER: EncoderDecoder,
 }
 
 
