@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,8 @@ class Stack(nn.Module):
         x, attention = self._enter(x, token_types, attention)
         for block in self.blocks[:layer]:
             x = block(x, **attention)
-        return self.blocks[layer].weights(x, rows, cross=cross, **attention)
+        block = cast(Block, self.blocks[layer])
+        return block.weights(x, rows, cross=cross, **attention)
 
     def _enter(self, x: Tensor, token_types: Tensor | None, attention: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """What the first block takes."""

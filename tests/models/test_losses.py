@@ -138,10 +138,8 @@ def test_info_nce_is_cross_entropy_of_cosines() -> None:
     cosines = F.cosine_similarity(queries[:, None], keys[None], dim=-1)
     wanted = F.cross_entropy(cosines / 0.1, torch.arange(4))
     torch.testing.assert_close(info_nce(queries, keys, temperature=0.1, chunk=3), wanted)
-    both = (
-        F.cross_entropy(cosines[:, :4] / 0.1, torch.arange(4))
-        + F.cross_entropy(cosines[:, :4].T / 0.1, torch.arange(4))
-    ) / 2
+    square, own = cosines[:, :4] / 0.1, torch.arange(4)
+    both = (F.cross_entropy(square, own) + F.cross_entropy(square.T, own)) / 2
     torch.testing.assert_close(info_nce(queries, keys[:4], temperature=0.1, symmetric=True), both)
 
 

@@ -109,9 +109,8 @@ def names(model: Any) -> Names:
     found = {f"encoder.{ours}": f"bert.{theirs}" for ours, theirs in found.items()}
     heads: tuple[tuple[str, str], ...] = (("head", "classifier"),)
     if isinstance(model, MaskedLM):
-        found["output_bias"] = _OUTPUT_BIAS
-        if not model.config.tie_embeddings:
-            found["head.weight"] = _HEAD
+        tied = model.config.tie_embeddings
+        found |= {"output_bias": _OUTPUT_BIAS} if tied else {"head.weight": _HEAD, "output_bias": _HEAD_BIAS}
         heads = (("dense", "cls.predictions.transform.dense"), ("norm", "cls.predictions.transform.LayerNorm"))
         if model.pooler is not None:
             heads += (("pooler.dense", "bert.pooler.dense"), ("next_sentence", "cls.seq_relationship"))
@@ -125,22 +124,23 @@ def derived(model: Any) -> Mapping[str, str]:
     """The tied projection of a masked language model, and the second name of its bias."""
     if not isinstance(model, MaskedLM):
         return {}
-    return {_HEAD_BIAS: _OUTPUT_BIAS} | ({_HEAD: _EMBEDDING} if model.config.tie_embeddings else {})
+    return {_HEAD_BIAS: _OUTPUT_BIAS, _HEAD: _EMBEDDING} if model.config.tie_embeddings else {_OUTPUT_BIAS: _HEAD_BIAS}
 
 
-def normalised(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the places that old checkpoints hold, and with the LayerNorms' names of today."""
-    return {
+def normalised(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """What our model has, by the names of today.
+
+    Without the places that old checkpoints hold; for an `Encoder` a BertModel's weights but its pooler, which reads the
+    encoder's output; and of an untied projection only the bias that BERT uses then.
+    """
+    kept = {
         name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): weight
         for name, weight in state.items()
         if not name.endswith("embeddings.position_ids")
     }
-
-
-def without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's own weights: a BertModel's without its pooler, which reads the encoder's output."""
-    return {
-        name.removeprefix("bert."): weight
-        for name, weight in state.items()
-        if not name.startswith(("pooler.", "bert.pooler."))
-    }
+    if isinstance(model, Encoder):
+        own = {name.removeprefix("bert."): weight for name, weight in kept.items()}
+        return {name: weight for name, weight in own.items() if not name.startswith("pooler.")}
+    if isinstance(model, MaskedLM) and not model.config.tie_embeddings and _HEAD_BIAS in kept:
+        kept.pop(_OUTPUT_BIAS, None)
+    return kept

@@ -186,11 +186,9 @@ def _model(
         raise InvalidInput("architecture", " or ".join(names), architecture)
     kind = _KINDS[architecture]
     with torch.device("meta"):
-        model = kind.make(ours, config.num_labels)
+        model = kind.make(ours, config.num_labels or 2)
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-    state = without_derived(kind.family.normalised(state), kind.family.derived(model))
-    if isinstance(model, Encoder):
-        state = bert.without_prefix(state)
+    state = without_derived(kind.family.normalised(state, model), kind.family.derived(model))
     model.load_state_dict(to_ours(kind.family.names(model), state, shapes), assign=True)
     return model.to(dtype).eval()
 

@@ -115,7 +115,7 @@ def derived(model: Any) -> Mapping[str, str]:
     return {_HEAD: _EMBEDDING} if model.config.tie_embeddings else {}
 
 
-def normalised(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def normalised(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Under the prefix that the first checkpoints lack, and without their causal masks."""
     prefix = "" if any(name.startswith("transformer.") for name in state) else "transformer."
     return {

@@ -118,7 +118,7 @@ def derived(model: Any) -> Mapping[str, str]:
     return {_HEAD: _EMBEDDING} if model.config.tie_embeddings else {}
 
 
-def normalised(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def normalised(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Without the rotation's frequencies, which old checkpoints hold."""
     return {name: weight for name, weight in state.items() if not name.endswith("rotary_emb.inv_freq")}
 

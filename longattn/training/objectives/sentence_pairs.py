@@ -45,7 +45,7 @@ def sentence_pair(documents: Sequence[Sequence[Sequence[int]]], rng: np.random.G
         return SentencePair(document[place], document[place + 1], False)
     others = [other for other in filled if other != index]
     other = documents[others[rng.integers(len(others))]]
-    return SentencePair(document[place], other[rng.integers(len(other))], True)
+    return SentencePair(document[place], other[int(rng.integers(len(other)))], True)
 
 
 def join_pair(
