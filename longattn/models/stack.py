@@ -139,11 +139,12 @@ def draw_weights(model: nn.Module, config: TransformerConfig) -> None:
     Language Models are Unsupervised Multitask Learners (GPT-2), 2019, section 2.3). Scaled token embeddings:
     1 / sqrt(dim) wide, so that they enter with a variance of 1.
     """
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=_INIT_STD)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    for kind in (nn.Embedding, nn.Linear):  # an order that does not hang on how a model is put together
+        for module in model.modules():
+            if isinstance(module, kind):
+                nn.init.normal_(module.weight, std=_INIT_STD)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
     if config.norm_first:
         for stack in model.modules():
             if isinstance(stack, Stack):
