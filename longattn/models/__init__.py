@@ -6,6 +6,19 @@ from longattn.models.config import STYLES, TransformerConfig
 from longattn.models.decoder import Decoder
 from longattn.models.encoder import Encoder
 from longattn.models.encoder_decoder import EncoderDecoder
+from longattn.models.generation import (
+    GREEDY,
+    Beam,
+    Generation,
+    GenerationConfig,
+    Piece,
+    Sampling,
+    beam_search,
+    decode_bytes,
+    generate,
+    make_caches,
+    stream,
+)
 from longattn.models.heads import MaskedLM, SentenceEncoder, SequenceClassifier, TokenClassifier, mean_pool
 from longattn.models.losses import (
     chunked_cross_entropy,
@@ -18,26 +31,37 @@ from longattn.models.precision import autocast, matmul_dtype
 from longattn.models.stack import sinusoids
 
 __all__ = [
-    "STYLES",
+    "Beam",
     "Block",
     "Decoder",
     "Encoder",
     "EncoderDecoder",
     "FeedForward",
+    "GREEDY",
+    "Generation",
+    "GenerationConfig",
     "MaskedLM",
+    "Piece",
+    "STYLES",
+    "Sampling",
     "SentenceEncoder",
     "SequenceClassifier",
     "SwiGLU",
     "TokenClassifier",
     "TransformerConfig",
     "autocast",
+    "beam_search",
     "build",
     "chunked_cross_entropy",
     "chunked_distillation",
+    "decode_bytes",
+    "generate",
     "hidden_state_loss",
     "info_nce",
+    "make_caches",
     "matmul_dtype",
     "mean_pool",
     "sinusoids",
+    "stream",
     "triplet_loss",
 ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longattn.cache import Cache
 from longattn.errors import InvalidInput
 from longattn.models.config import TransformerConfig
 from longattn.nn import Attention
@@ -117,14 +119,29 @@ class Block(nn.Module):
         memory_lens: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        cache: Cache | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        tree: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
         """[B, N, C] to [B, N, C]; packed sequences [T, C] to [T, C].
 
         Args:
             memory: [B, M, C], for the cross-attention; memory_mask and memory_lens: its key_mask and key_lens.
-            key_mask, key_lens, cu_seqlens, max_seqlen: of the self-attention, as in `longattn.nn.Attention`.
+            key_mask, key_lens, cu_seqlens, max_seqlen, cache, lengths, sequences, tree: of the self-attention, as in
+                `longattn.nn.Attention`.
         """
-        x = self._attend_within(x, key_mask, key_lens, cu_seqlens, max_seqlen)
+        x = self._attend_within(
+            x,
+            key_mask=key_mask,
+            key_lens=key_lens,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            cache=cache,
+            lengths=lengths,
+            sequences=sequences,
+            tree=tree,
+        )
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             inner = self._before(x, self.cross_attention_norm)
             attended = self.cross_attention(inner, context=memory, key_mask=memory_mask, key_lens=memory_lens)
@@ -153,24 +170,11 @@ class Block(nn.Module):
             return self.attention.weights(inner, rows, key_mask=key_mask, key_lens=key_lens)
         if self.cross_attention is None or self.cross_attention_norm is None:
             raise InvalidInput("cross", "False for a block without cross-attention", cross)
-        inner = self._before(self._attend_within(x, key_mask, key_lens), self.cross_attention_norm)
+        inner = self._before(self._attend_within(x, key_mask=key_mask, key_lens=key_lens), self.cross_attention_norm)
         return self.cross_attention.weights(inner, rows, context=memory, key_mask=memory_mask, key_lens=memory_lens)
 
-    def _attend_within(
-        self,
-        x: Tensor,
-        key_mask: Tensor | None,
-        key_lens: Tensor | None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-    ) -> Tensor:
-        attended = self.attention(
-            self._before(x, self.attention_norm),
-            key_mask=key_mask,
-            key_lens=key_lens,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-        )
+    def _attend_within(self, x: Tensor, **attention: Any) -> Tensor:
+        attended = self.attention(self._before(x, self.attention_norm), **attention)
         return self._add(x, attended, self.attention_norm)
 
     def _before(self, x: Tensor, norm: nn.Module) -> Tensor:

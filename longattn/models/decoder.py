@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from longattn.cache import Cache
 from longattn.errors import InvalidInput
 from longattn.models.config import DECODER, FULL, SLIDING, TransformerConfig
 from longattn.models.losses import chunked_cross_entropy
@@ -54,7 +55,17 @@ class Decoder(Stack):
         """The output projection, [V, C]."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        caches: Sequence[Cache] | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        tree: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
         """The logits of each next token.
 
         Args:
@@ -62,22 +73,50 @@ class Decoder(Stack):
             key_mask: bool [B, N], False = padding that no token sees.
             cu_seqlens: int32 [documents + 1], where each packed document starts and the last ends. Positions start anew
                 in each, and none sees another.
+            caches: one a layer (see `longattn.models.make_caches`): the tokens continue what was read before. When
+                this fails, the layers may have read different numbers of tokens.
+            lengths, sequences, tree: with caches, as in `longattn.attention_with_cache`.
 
         Returns:
             [B, N, V], or [T, V]. At long N, `loss` does without them.
 
         Raises:
-            InvalidInput: tokens of another shape or dtype, an id out of range, or more tokens than learned positions.
+            InvalidInput: tokens of another shape or dtype, an id out of range, more tokens than learned positions, or
+                caches of another model.
         """
-        hidden = self.hidden_states(tokens, key_mask=key_mask, cu_seqlens=cu_seqlens)
+        hidden = self.hidden_states(
+            tokens,
+            key_mask=key_mask,
+            cu_seqlens=cu_seqlens,
+            caches=caches,
+            lengths=lengths,
+            sequences=sequences,
+            tree=tree,
+        )
         return nn.functional.linear(hidden, self.output_weight)
 
     def hidden_states(
-        self, tokens: Tensor, *, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        caches: Sequence[Cache] | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        tree: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
         """The normalised output of the last block, [B, N, C] or [T, C]: what the output projection reads."""
         check_ids("tokens", tokens, self.config.vocab_size, 2 if cu_seqlens is None else 1)
-        return self.run(self.embedding(tokens), key_mask=key_mask, cu_seqlens=cu_seqlens)
+        return self.run(
+            self.embedding(tokens),
+            key_mask=key_mask,
+            cu_seqlens=cu_seqlens,
+            caches=caches,
+            lengths=lengths,
+            sequences=sequences,
+            tree=tree,
+        )
 
     def loss(
         self,

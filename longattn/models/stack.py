@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from longattn.cache import Cache
 from longattn.errors import InvalidInput
 from longattn.models.blocks import Block, make_norm
 from longattn.models.config import TransformerConfig
@@ -45,20 +46,29 @@ class Stack(nn.Module):
         )
         self.norm: nn.Module = make_norm(config) if config.norm_first else nn.Identity()
 
-    def run(self, x: Tensor, *, token_types: Tensor | None = None, **attention: Any) -> Tensor:
+    def run(
+        self, x: Tensor, *, token_types: Tensor | None = None, caches: Sequence[Cache] | None = None, **attention: Any
+    ) -> Tensor:
         """The output of the last block, normalised: [B, N, C], or [T, C] if packed.
 
         Args:
             x: token embeddings [B, N, C]; with cu_seqlens [T, C].
             token_types: int, x's shape without C; all 0 by default, where the model has types.
+            caches: one a layer, for rotary positions.
             attention: what `Block.forward` takes.
 
         Raises:
-            InvalidInput: more tokens than learned positions, or token types out of range.
+            InvalidInput: more tokens than learned positions, token types out of range, or caches of another model.
         """
+        if caches is not None and len(caches) != len(self.blocks):
+            raise InvalidInput("caches", f"{len(self.blocks)}, one a layer", len(caches))
+        if caches is not None and self.config.positions != "rope":
+            raise InvalidInput(
+                "caches", f"None for positions {self.config.positions!r}, which do not continue", "caches"
+            )
         x, attention = self._enter(x, token_types, attention)
-        for block in self.blocks:
-            x = block(x, **attention)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cache=None if caches is None else caches[layer], **attention)
         return self.norm(x)
 
     def weights_of(
