@@ -95,7 +95,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def load_model(path: Path, make: Callable[[TransformerConfig], nn.Module] = build) -> nn.Module:
+def load_model(path: Path, make: Callable[[TransformerConfig], nn.Module] = build) -> Any:
     """The model of a checkpoint, on the CPU and in eval mode.
 
     Args:

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from longattn import InvalidInput
-from longattn.models import STYLES, Decoder, Encoder, EncoderDecoder, TransformerConfig, build, sinusoids
+from longattn.models import (
+    STYLES,
+    Decoder,
+    Encoder,
+    EncoderDecoder,
+    GenerationConfig,
+    TransformerConfig,
+    build,
+    generate,
+    sinusoids,
+)
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "dim": 32, "layers": 2, "heads": 4, "max_length": 24}
 ENCODERS, PAIRS = ("bert", "modern-encoder"), ("transformer", "modern-transformer")
@@ -203,6 +213,9 @@ def test_dropout_acts_in_training_only() -> None:
         ("architecture", lambda: Decoder(TransformerConfig.style("bert", **SIZES))),
         ("architecture", lambda: Encoder(TransformerConfig.style("llama", **SIZES))),
         ("architecture", lambda: EncoderDecoder(TransformerConfig.style("gpt2", **SIZES))),
+        ("rotary positions", lambda: generate(model("gpt2"), [[1]], GenerationConfig(max_new_tokens=2))),
+        ("caches", lambda: model("gpt2")(ids(1, 3), caches=[None, None])),
+        ("caches", lambda: model("llama")(ids(1, 3), caches=[None])),
         ("name", lambda: TransformerConfig.style("lstm", **SIZES)),
     ],
 )
