@@ -1,7 +1,7 @@
 """Translate with an encoder-decoder: numbers in English words into digits.
 
 The parallel text is synthetic, so that it needs no download and every answer can be checked: "four hundred and seven"
-is 407. A tenth of the numbers is never trained on. Takes about two minutes on two cores.
+is 407. A tenth of the numbers is never trained on.
 
     python examples/translate.py
 """
