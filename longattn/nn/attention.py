@@ -12,6 +12,7 @@ from longattn.arguments import Positions, Window
 from longattn.cache import Cache, attention_with_cache
 from longattn.errors import InvalidInput
 from longattn.functional import attention, attention_varlen
+from longattn.inspect import attention_rows
 from longattn.nn.checks import check_dropout, check_positive_int, check_structure
 from longattn.rope import Rope
 
@@ -212,6 +213,51 @@ class Attention(nn.Module):
             tree=tree,
         )
         return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+    def weights(
+        self,
+        x: Tensor,
+        rows: Sequence[int] | Tensor,
+        *,
+        context: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        key_lens: Tensor | None = None,
+        bounds: tuple[Tensor, Tensor] | None = None,
+        positions: Positions = None,
+    ) -> Tensor:
+        """The attention weights of some tokens, before dropout, in memory linear in the keys; differentiable.
+
+        Args:
+            x: [B, N, C].
+            rows: the tokens of x wanted, R places; negative ones count from the end.
+            context, key_mask, key_lens, bounds, positions: as in `forward`.
+
+        Returns:
+            [B, Hq, R, M], in float32 (float64 for float64 inputs).
+
+        Raises:
+            InvalidInput: an argument breaks the contract.
+        """
+        for name, tensor in (("x", x), ("context", x if context is None else context)):
+            self._check_input(name, tensor, packed=False)
+        q, k, _ = self._project(x, x if context is None else context)
+        return attention_rows(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            rows,
+            causal=self.causal,
+            window=self.window,
+            sinks=self.sinks,
+            align="start" if context is None else "end",
+            key_mask=key_mask,
+            key_lens=key_lens,
+            bounds=bounds,
+            softcap=self.softcap,
+            scale=self.scale,
+            sink_logits=self.sink_logits,
+            rope=self.rope,
+            positions=positions,
+        )
 
     def extra_repr(self) -> str:
         heads = f"{self.num_heads}/{self.num_kv_heads}"

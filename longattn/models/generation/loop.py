@@ -168,7 +168,7 @@ def stream(
         check_model("draft", draft)
         if draft.config.vocab_size != model.config.vocab_size:
             raise InvalidInput("draft", f"a model of {model.config.vocab_size} token ids", draft.config.vocab_size)
-        if model.config.rope.depends_on_length:
+        if model.config.rope is not None and model.config.rope.depends_on_length:
             expected = "None where frequencies depend on the length: tokens checked together would share them"
             raise InvalidInput("draft", expected, model.config.rope_scaling)
         guesses = config.draft_tokens

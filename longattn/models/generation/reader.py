@@ -88,7 +88,9 @@ class Reader:
             logits [prompts, V] of what follows; 0 for a prompt without tokens.
         """
         longest = max(map(len, prompts))
-        chunk = max(1, longest if self.model.config.rope.depends_on_length else _PROMPT_CHUNK)
+        rope = self.model.config.rope
+        assert rope is not None
+        chunk = max(1, longest if rope.depends_on_length else _PROMPT_CHUNK)
         weight = self.model.output_weight
         last = torch.zeros(len(prompts), weight.shape[1], dtype=weight.dtype, device=self.device)
         for start in range(0, longest, chunk):
@@ -145,5 +147,7 @@ class Reader:
 def check_model(name: str, model: Decoder) -> None:
     if not isinstance(model, Decoder):
         raise InvalidInput(name, "a longattn.models.Decoder", type(model).__name__)
+    if model.config.rope is None:
+        raise InvalidInput(name, "a model with rotary positions", f"positions {model.config.positions!r}")
     if model.training:
         raise InvalidInput(name, "a model in eval mode (see Module.eval)", "one in training mode")
