@@ -72,8 +72,9 @@ inline Vec<T> lane_sums(Vec<T>* x) {
 #pragma GCC unroll 4
   for (int n = W; n > 1; n /= 2)
 #pragma GCC unroll 8
-    for (int i = 0; i < n / 2; ++i)
-      x[i] = Zip::template zip_low<T>(x[i], x[i + n / 2]) + Zip::template zip_high<T>(x[i], x[i + n / 2]);
+    for (int i = 0; i < W / 2; ++i)
+      if (i < n / 2)
+        x[i] = Zip::template zip_low<T>(x[i], x[i + n / 2]) + Zip::template zip_high<T>(x[i], x[i + n / 2]);
   return x[0];
 }
 
