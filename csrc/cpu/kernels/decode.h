@@ -16,8 +16,8 @@ namespace longattn {
 namespace {
 
 constexpr int64_t kFewRows = 8;
-constexpr int64_t kAhead =
-    16;  // rows to fetch before they are read: pages end too soon for the processor to guess them
+// Rows to fetch before they are read: pages end too soon for the processor to guess them.
+constexpr int64_t kAhead = 16;
 
 template <class T>
 struct DecodeScratch {
