@@ -6,6 +6,7 @@ A target speaks of several cases; the worst of them decides.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,6 +196,7 @@ TARGETS = (
 
 _HEADINGS = ("target", "goal", "measured", "verdict", "ours", "against", "decided by")
 _RIGHT = ("goal", "measured")
+_WIDTH = 200  # of the table in a file
 
 
 def concerned(cases: Iterable[Case], targets: Sequence[Target] = TARGETS) -> list[Case]:
@@ -291,7 +293,7 @@ def main(
     if as_markdown:
         click.echo("\n".join(markdown(measured, targets)))
     else:
-        show(measured, targets, Console(highlight=False))
+        show(measured, targets, Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH))
 
 
 if __name__ == "__main__":

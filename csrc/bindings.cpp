@@ -14,6 +14,7 @@ using longattn::Angles;
 using longattn::AttentionParams;
 using longattn::Bias;
 using longattn::DType;
+using longattn::Pages;
 using longattn::RopeParams;
 using longattn::Tensor4;
 
@@ -76,6 +77,34 @@ void def_address(Class<Params>& cls, const char* name, T* Params::* field) {
       [field](Params& p, Address address) { p.*field = reinterpret_cast<T*>(address); });
 }
 
+// The float32 scales of a tensor of int8.
+void def_scales(Class<AttentionParams>& cls, const char* name, Tensor4 AttentionParams::* field) {
+  cls.def_property(
+      name, [field](const AttentionParams& p) { return reinterpret_cast<Address>((p.*field).scales); },
+      [field](AttentionParams& p, Address address) { (p.*field).scales = reinterpret_cast<float*>(address); });
+}
+
+// Pages are tuples (address of the table, its width, pages, slots of a page, sinks, ring, dtype).
+void def_pages(Class<AttentionParams>& cls, const char* name, Pages AttentionParams::* field) {
+  using Tuple = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, int32_t>;
+  cls.def_property(
+      name,
+      [field](const AttentionParams& p) {
+        const Pages& x = p.*field;
+        return Tuple{reinterpret_cast<Address>(x.table), x.width, x.count, x.slots, x.sinks, x.ring,
+                     static_cast<int32_t>(x.dtype)};
+      },
+      [field](AttentionParams& p, const Tuple& x) {
+        p.*field = Pages{reinterpret_cast<const int32_t*>(std::get<0>(x)),
+                         std::get<1>(x),
+                         std::get<2>(x),
+                         std::get<3>(x),
+                         std::get<4>(x),
+                         std::get<5>(x),
+                         static_cast<DType>(std::get<6>(x))};
+      });
+}
+
 template <class Params>
 void def_dtype(Class<Params>& cls) {
   cls.def_property(
@@ -121,8 +150,19 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("seed", &AttentionParams::seed)
       .def_readwrite("rotated", &AttentionParams::rotated)
       .def_readwrite("interleaved", &AttentionParams::interleaved)
+      .def_readwrite("inv_freq_batch", &AttentionParams::inv_freq_batch)
+      .def_readwrite("positions_batch", &AttentionParams::positions_batch)
+      .def_readwrite("rope_factor", &AttentionParams::rope_factor)
+      .def_readwrite("frame", &AttentionParams::frame)
+      .def_readwrite("tree_batch", &AttentionParams::tree_batch)
+      .def_readwrite("depths_batch", &AttentionParams::depths_batch)
       .def_readwrite("threads", &AttentionParams::threads);
   def_dtype(attention);
+  def_tensor(attention, "new_k", &AttentionParams::new_k);
+  def_tensor(attention, "new_v", &AttentionParams::new_v);
+  def_scales(attention, "k_scales", &AttentionParams::k);
+  def_scales(attention, "v_scales", &AttentionParams::v);
+  def_pages(attention, "pages", &AttentionParams::pages);
   def_tensor(attention, "q", &AttentionParams::q);
   def_tensor(attention, "k", &AttentionParams::k);
   def_tensor(attention, "v", &AttentionParams::v);
@@ -149,6 +189,11 @@ PYBIND11_MODULE(_C, m) {
   def_address(attention, "hi", &AttentionParams::hi);
   def_address(attention, "cu_seqlens_q", &AttentionParams::cu_seqlens_q);
   def_address(attention, "cu_seqlens_k", &AttentionParams::cu_seqlens_k);
+  def_address(attention, "query_lens", &AttentionParams::query_lens);
+  def_address(attention, "inv_freq", &AttentionParams::inv_freq);
+  def_address(attention, "positions", &AttentionParams::positions);
+  def_address(attention, "tree", &AttentionParams::tree);
+  def_address(attention, "depths", &AttentionParams::depths);
 
   Class<RopeParams> rope(m, "RopeParams");
   rope.def(py::init<>())
@@ -168,6 +213,8 @@ PYBIND11_MODULE(_C, m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("attention_forward", &longattn::attention_forward, release);
   m.def("attention_backward", &longattn::attention_backward, release);
+  m.def("attention_append", &longattn::attention_append, release);
+  m.def("attention_decode", &longattn::attention_decode, release);
   m.def("rope", &longattn::rope, release);
 
   m.def("isa", &longattn::isa, "The instruction set in use.");

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from longattn import scaling
 from longattn._version import __version__
-from longattn.errors import InvalidInput, Unsupported
+from longattn.cache import KVCache, PagedKVCache, SlidingKVCache, attention_with_cache
+from longattn.errors import CacheFull, InvalidInput, Unsupported
 from longattn.explanation import Explanation
 from longattn.functional import apply_rope, attention, attention_varlen, explain, merge_attention
 from longattn.inspect import AttentionStats, attention_rows, attention_stats
@@ -22,10 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionStats",
+    "CacheFull",
     "Explanation",
     "InvalidInput",
+    "KVCache",
     "Mask",
+    "PagedKVCache",
     "Rope",
+    "SlidingKVCache",
     "Unsupported",
     "__version__",
     "apply_rope",
@@ -33,6 +38,7 @@ __all__ = [
     "attention_rows",
     "attention_stats",
     "attention_varlen",
+    "attention_with_cache",
     "compat",
     "explain",
     "integrations",

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from longattn.errors import InvalidInput
 from longattn.mask import Mask
-from longattn.problem import Problem, Tensors, present_features
+from longattn.problem import CacheTensors, Problem, Tensors, cache_features, present_features
 from longattn.rope import Rope
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -160,6 +162,141 @@ def packed(
     return tensors, problem._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
 
 
+class CacheShape(NamedTuple):
+    """What a cache holds, for the checks of a call on it."""
+
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    window: int | None  # newest tokens that are kept, None: all
+    sinks: int  # first tokens that are kept beside a window
+    cache_positions: bool  # keys rotate at their place in the cache
+
+
+class Rotation(NamedTuple):
+    """How a call on a cache rotates; cos and sin where keys rotate on reading."""
+
+    rope: Rope
+    inv_freq: Tensor
+    factor: float
+    cos: Tensor | None
+    sin: Tensor | None
+
+
+def cached(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    shape: CacheShape,
+    after: list[int],
+    counts: list[int],
+    *,
+    causal: bool = True,
+    window: Window = None,
+    sinks: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    rotation: Rotation | None = None,
+    positions: Tensor | None = None,
+    tree: Tensor | Sequence[int] | None = None,
+) -> tuple[CacheTensors, Problem]:
+    """Check a call on a cache: q [B, Hq, T, D], or None to append only, and new k and v [B, Hkv, T, D or Dv], or None.
+
+    Args:
+        after: the sequences' lengths after the call; counts: how many of T are theirs.
+    """
+    batch, device = len(counts), shape.device
+    q, k, v = _new_tokens(q, k, v, batch, shape)
+    x = k if q is None else q
+    assert x is not None
+    nq, q_heads = x.shape[2], 0 if q is None else q.shape[1]
+    if max(after) > _INT32_MAX:
+        raise InvalidInput("k", "sequences of less than 2^31 tokens", f"{max(after)}")
+    mask = _cache_mask(causal, window, sinks, shape)
+    for name, parameter in (("alibi_slopes", alibi_slopes), ("sink_logits", sink_logits)):
+        if parameter is not None and torch.is_grad_enabled() and parameter.requires_grad:
+            raise InvalidInput(name, "no gradient in a call on a cache (see torch.no_grad)", "requires_grad")
+    branches = depths = None
+    if tree is not None:
+        for name, unwanted in (("alibi_slopes", alibi_slopes), ("causal", None if causal else "False")):
+            if unwanted is not None:
+                raise InvalidInput(name, "its default with a tree", _describe(unwanted))
+        if rotation is not None and rotation.cos is not None:
+            raise InvalidInput("tree", "None where keys rotate on reading", _describe(tree))
+        branches, depths = _tree(tree, batch, nq, device)
+        before = torch.tensor([[n - new] for n, new in zip(after, counts, strict=True)], device=device)
+        places = before + depths
+        if mask.left is not None:
+            if mask.sinks > int(before.min()) and int(depths.max()) > mask.left:
+                raise InvalidInput("tree", f"at most {mask.left} ancestors while sinks are missing", "more")
+            branches = branches & mask.visible(places[:, :, None], places[:, None])  # [B, T, T]
+        mask = replace(mask, right=None)
+        if positions is None and rotation is not None:
+            positions = places
+    if positions is not None:
+        if rotation is None or rotation.cos is not None:
+            raise InvalidInput("positions", "None without rope, or where keys rotate on reading", _describe(positions))
+        positions = _position_tensor("positions", positions, device, (batch,), nq)
+    tensors = CacheTensors(
+        q,
+        k,
+        v,
+        torch.tensor(after, dtype=torch.int32, device=device),
+        torch.tensor(counts, dtype=torch.int32, device=device),
+        alibi_slopes=_floats("alibi_slopes", alibi_slopes, ((q_heads,), (batch, q_heads)), device),
+        sink_logits=_floats("sink_logits", sink_logits, ((q_heads,),), device),
+        inv_freq=None if rotation is None else rotation.inv_freq,
+        positions=positions,
+        cos=None if rotation is None else rotation.cos,
+        sin=None if rotation is None else rotation.sin,
+        tree=branches,
+        depths=depths,
+    )
+    softcap = _number("softcap", 0.0 if softcap is None else softcap, "None or a finite number >= 0", low=0.0)
+    scale = 1.0 / math.sqrt(shape.head_dim) if scale is None else _number("scale", scale, "None or a finite number")
+    return tensors, Problem(
+        batch=batch,
+        q_heads=q_heads,
+        kv_heads=shape.kv_heads,
+        nq=nq,
+        nk=max(after),
+        head_dim=shape.head_dim,
+        v_head_dim=shape.v_head_dim,
+        dtype=x.dtype,
+        device=device.type,
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        rope_factor=1.0 if rotation is None else rotation.factor,
+        interleaved=rotation is not None and rotation.rope.interleaved,
+        storage=shape.dtype,
+        frame=shape.window or 0 if shape.cache_positions and rotation is not None else 0,
+        features=cache_features(tensors, softcap, shape.window is not None, shape.dtype),
+    )
+
+
+def new_lengths(lengths: Tensor | Sequence[int] | None, batch: int, x: Tensor) -> list[int]:
+    """How many of x's T tokens [B, H, T, D] each of the sequences has."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[0] != batch:
+        raise InvalidInput("q", f"a tensor [{batch}, heads, tokens, head_dim]", _describe(x))
+    most = x.shape[2]
+    if lengths is None:
+        return [most] * batch
+    counts = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    if len(counts) != batch or not all(type(n) is int and 0 <= n <= most for n in counts):
+        raise InvalidInput("lengths", f"{batch} ints of 0 to {most}", f"{counts}"[:80])
+    return counts
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums over x."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def rotation(x: Tensor, rope: Rope, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, float]:
     """Check an apply_rope call on x [..., N, D]: (x [B, H, N, D], inv_freq, positions float32, factor)."""
     if not isinstance(rope, Rope):
@@ -299,6 +436,79 @@ def _problem(
     )
 
 
+def _new_tokens(
+    q: Tensor | None, k: Tensor | None, v: Tensor | None, batch: int, shape: CacheShape
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`_qkv` of a call on a cache, where q, or k and v, may be missing."""
+    if (k is None) != (v is None):
+        raise InvalidInput("v", "None exactly if k is", _describe(v))
+    first = k if q is None else q
+    if not isinstance(first, Tensor) or first.dim() != 4:
+        raise InvalidInput("k" if q is None else "q", "a tensor [batch, heads, length, head_dim]", _describe(first))
+    length = first.shape[2]
+    found: list[Tensor | None] = []
+    for name, x, width in (("q", q, shape.head_dim), ("k", k, shape.head_dim), ("v", v, shape.v_head_dim)):
+        if x is None:
+            found.append(None)
+            continue
+        heads = "a multiple of " if name == "q" else ""
+        expected = f"a tensor [{batch}, {heads}{shape.kv_heads}, {length}, {width}], to fit the cache"
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            raise InvalidInput(name, expected, _describe(x))
+        fits = x.shape[1] % shape.kv_heads == 0 if name == "q" else x.shape[1] == shape.kv_heads
+        if not fits or (x.shape[0], x.shape[2], x.shape[3]) != (batch, length, width):
+            raise InvalidInput(name, expected, _describe(x))
+        _floating(name, x)
+        if x.device != shape.device:
+            raise InvalidInput(name, f"device {shape.device} as the cache", str(x.device))
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise InvalidInput(name, "no gradient in a call on a cache (see torch.no_grad)", "requires_grad")
+        x = _unit_stride(_autocast(x)[0])
+        if found and found[0] is not None and x.dtype != found[0].dtype:
+            raise InvalidInput(name, f"dtype {found[0].dtype} as q", str(x.dtype))
+        found.append(x)
+    if found[1] is not None and found[2] is not None and found[1].dtype != found[2].dtype:
+        raise InvalidInput("v", f"dtype {found[1].dtype} as k", str(found[2].dtype))
+    return found[0], found[1], found[2]
+
+
+def _cache_mask(causal: bool, window: Window, sinks: int | None, shape: CacheShape) -> Mask:
+    mask = _mask(causal, window, shape.sinks if sinks is None else sinks, "end")
+    if shape.window is None:
+        return mask
+    if mask.left is None:
+        mask = replace(mask, left=shape.window - 1)
+    for name, value, most in (("window", mask.left, shape.window - 1), ("sinks", mask.sinks, shape.sinks)):
+        if value is not None and value > most:
+            kept = f"the cache's {shape.window}" if name == "window" else f"the cache's {most}"
+            raise InvalidInput(name, f"at most {kept}", window if name == "window" else sinks)
+    return mask
+
+
+def _tree(tree: object, batch: int, nq: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ancestors (bool, the token itself included) and depths of drafts: [T, T] and [T], or [B, T, T] and [B, T]."""
+    if isinstance(tree, Tensor):
+        tree = _int_tensor("tree", tree, ((nq,), (batch, nq)), tree.device).tolist()
+    if not isinstance(tree, Sequence) or not tree:
+        raise InvalidInput("tree", f"ints [{nq}] or [{batch}, {nq}]", _describe(tree))
+    parents = [tuple(row) for row in tree] if isinstance(tree[0], (list, tuple)) else [tuple(tree)]
+    for row in parents:
+        if len(row) != nq or not all(type(n) is int and -1 <= n < i for i, n in enumerate(row)):
+            raise InvalidInput("tree", f"{nq} parents, -1 or less than the token's own number", f"{list(row)}"[:80])
+    found = [_ancestors(row) for row in parents]
+    branches, depths = found[0] if len(found) == 1 else (torch.stack(parts) for parts in zip(*found, strict=True))
+    return branches.to(device), depths.to(device)
+
+
+@lru_cache(maxsize=256)
+def _ancestors(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    branches = torch.eye(len(parents), dtype=torch.bool)
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            branches[i] |= branches[parent]
+    return branches, (branches.sum(-1) - 1).to(torch.int32)
+
+
 def _qkv(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
     """Rank, dtype, device, head counts and lengths; the last dimension of each gets unit stride."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -329,13 +539,13 @@ def _qkv(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[str]) -> tuple[Tensor, 
     return _unit_stride(q), _unit_stride(k), _unit_stride(v)
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast q, k and v take its dtype, as in PyTorch's own attention (float64 stays)."""
-    device = q.device.type
+    device = tensors[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-    return q, k, v
+        return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tensors
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -18,6 +18,10 @@ class InvalidInput(ValueError):
         return type(self), (self.argument, self.expected, self.got)
 
 
+class CacheFull(InvalidInput):
+    """A cache has no room for what a call appends; the cache is as it was."""
+
+
 class Unsupported(NotImplementedError):
     """No backend (or not the one that was named) can run a valid call: lists each backend with its reasons."""
 

@@ -98,6 +98,15 @@ class Mask:
             pairs += _sum_clamped(first - self.left, lq, min(self.sinks, lk))  # but for the sinks among them
         return pairs
 
+    def visible(self, positions: Tensor, keys: Tensor) -> Tensor:
+        """`allows` for int tensors that broadcast against each other."""
+        visible = torch.ones(torch.broadcast_shapes(positions.shape, keys.shape), dtype=torch.bool, device=keys.device)
+        if self.right is not None:
+            visible = visible & (keys <= positions + self.right)
+        if self.left is not None:
+            visible = visible & ((keys >= positions - self.left) | (keys < self.sinks))
+        return visible
+
     def materialize(
         self,
         lq: int,
@@ -128,11 +137,7 @@ class Mask:
         i = rows if isinstance(rows, Tensor) else torch.arange(*rows.indices(lq), device=device)
         p = i + shift[:, None]  # [B, rows]
         p = p[:, :, None]
-        visible = j < lens[:, None, None]
-        if self.right is not None:
-            visible = visible & (j <= p + self.right)
-        if self.left is not None:
-            visible = visible & ((j >= p - self.left) | (j < self.sinks))
+        visible = self.visible(p, j) & (j < lens[:, None, None])
         if key_mask is not None:
             visible = visible & key_mask[:, None, keys]
         if bounds is not None:

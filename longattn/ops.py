@@ -19,7 +19,15 @@ from longattn.backends import eager, registry
 from longattn.backends.base import Gradients
 from longattn.errors import Unsupported
 from longattn.mask import Mask
-from longattn.problem import Problem, Tensors, check_sequences, present_features
+from longattn.problem import (
+    CacheTensors,
+    Problem,
+    Slots,
+    Tensors,
+    cache_features,
+    check_sequences,
+    present_features,
+)
 
 _REQUIRED = ("q", "k", "v")
 _TENSORS = ", ".join(f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in Tensors._fields)
@@ -33,12 +41,29 @@ _MAY_REQUIRE_GRAD = {*_DIFFERENTIABLE, "dout", "dlse", "x", *(f"{name}_tangent" 
 _NUM_TENSORS = len(Tensors._fields)
 _NUM_SCALARS = _SCALARS.count(",") + 1
 
+_CACHE_REQUIRED = ("key_lens", "query_lens")
+_CACHE_TENSORS = ", ".join(f"Tensor{'' if name in _CACHE_REQUIRED else '?'} {name}" for name in CacheTensors._fields)
+_SLOTS = (
+    "Tensor(a!) slots_k, Tensor(b!) slots_v, Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor table, SymInt ring, "
+    "SymInt ring_sinks"
+)
+_CACHE_SCALARS = (
+    "str backend, ScalarType dtype, SymInt q_heads, SymInt nq, SymInt nk, SymInt left, SymInt right, SymInt sinks, "
+    "float scale, float softcap, float rope_factor, bool interleaved, SymInt frame"
+)
+_NUM_CACHE_TENSORS, _NUM_SLOTS = len(CacheTensors._fields), len(Slots._fields)
+
 _library = torch.library.Library("longattn", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _library.define(f"attention({_TENSORS}, {_SCALARS}) -> (Tensor out, Tensor lse)", tags=_TAGS)
 _library.define(
     f"attention_backward({_TENSORS}, {_SCALARS}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, bool[] wanted) "
     f"-> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})",
+    tags=_TAGS,
+)
+_library.define(f"cache_append({_CACHE_TENSORS}, {_SLOTS}, {_CACHE_SCALARS}) -> ()", tags=_TAGS)
+_library.define(
+    f"attention_with_cache({_CACHE_TENSORS}, {_SLOTS}, {_CACHE_SCALARS}) -> (Tensor out, Tensor lse)",
     tags=_TAGS,
 )
 _library.define(
@@ -77,9 +102,79 @@ def attention(tensors: Tensors, problem: Problem, backend: str) -> tuple[Tensor,
     return out, lse
 
 
+def cache_append(tensors: CacheTensors, slots: Slots, problem: Problem, backend: str) -> None:
+    """Write the new keys and values into the cache, on the named backend."""
+    torch.ops.longattn.cache_append.default(*tensors, *slots, backend, *_cache_scalars(problem))
+
+
+def attention_with_cache(tensors: CacheTensors, slots: Slots, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """`cache_append`, then (out [B, Hq, Nq, Dv], lse [B, Hq, Nq])."""
+    out, lse = torch.ops.longattn.attention_with_cache.default(*tensors, *slots, backend, *_cache_scalars(problem))
+    return out, lse
+
+
 def rope(x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, interleaved: bool, backend: str) -> Tensor:
     """x [B, H, N, D] rotated by positions (float32 [N] or [B, N]); differentiable in x."""
     return torch.ops.longattn.rope.default(x, inv_freq, positions, factor, interleaved, False, backend)
+
+
+def _cache_scalars(problem: Problem) -> tuple[Any, ...]:
+    mask = problem.mask
+    return (
+        problem.dtype,
+        problem.q_heads,
+        problem.nq,
+        problem.nk,
+        -1 if mask.left is None else mask.left,
+        -1 if mask.right is None else mask.right,
+        mask.sinks,
+        problem.scale,
+        problem.softcap,
+        problem.rope_factor,
+        problem.interleaved,
+        problem.frame,
+    )
+
+
+def _unflatten_cache(args: tuple[Any, ...]) -> tuple[CacheTensors, Slots, Problem, str]:
+    """The inverse of the flattening of a call on a cache."""
+    tensors = CacheTensors(*args[:_NUM_CACHE_TENSORS])
+    slots = Slots(*args[_NUM_CACHE_TENSORS : _NUM_CACHE_TENSORS + _NUM_SLOTS])
+    (
+        backend,
+        dtype,
+        q_heads,
+        nq,
+        nk,
+        left,
+        right,
+        sinks,
+        scale,
+        softcap,
+        rope_factor,
+        interleaved,
+        frame,
+    ) = args[_NUM_CACHE_TENSORS + _NUM_SLOTS :]
+    problem = Problem(
+        batch=slots.table.shape[0],
+        q_heads=q_heads,
+        kv_heads=slots.k.shape[1],
+        nq=nq,
+        nk=nk,
+        head_dim=slots.k.shape[3],
+        v_head_dim=slots.v.shape[3],
+        dtype=dtype,
+        device=slots.k.device.type,
+        mask=Mask(None if left < 0 else left, None if right < 0 else right, sinks),
+        scale=scale,
+        softcap=softcap,
+        rope_factor=rope_factor,
+        interleaved=interleaved,
+        storage=slots.k.dtype,
+        frame=frame,
+        features=cache_features(tensors, softcap, slots.ring > 0, slots.k.dtype),
+    )
+    return tensors, slots, problem, backend
 
 
 def _unflatten(args: tuple[Any, ...]) -> tuple[Tensors, Problem, str]:
@@ -136,9 +231,8 @@ def _empty_laid_out_as(x: Tensor, width: int) -> Tensor:
     return torch.empty_permuted((batch, heads, tokens, width), (*order, 3), dtype=x.dtype, device=x.device)
 
 
-def _empty_results(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    q = tensors.q
-    out = _empty_laid_out_as(q, tensors.v.shape[3])
+def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out = _empty_laid_out_as(q, v.shape[3])
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return out, torch.empty(q.shape[:3], dtype=lse_dtype, device=q.device)
 
@@ -160,13 +254,37 @@ def _attention_impl(*args: Any) -> tuple[Tensor, Tensor]:
     tensors, problem, backend = _unflatten(args)
     if problem.varlen and problem.device == "cpu":
         check_sequences(tensors, problem)
-    out, lse = _empty_results(tensors)
+    out, lse = _empty_results(tensors.q, tensors.v)
     registry.get(backend).forward(problem, tensors, out, lse)
     return out, lse
 
 
 def _attention_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    return _empty_results(Tensors(*args[:_NUM_TENSORS]))
+    tensors = Tensors(*args[:_NUM_TENSORS])
+    return _empty_results(tensors.q, tensors.v)
+
+
+def _cache_append_impl(*args: Any) -> None:
+    tensors, slots, problem, backend = _unflatten_cache(args)
+    registry.get(backend).append(problem, tensors, slots)
+
+
+def _cache_append_fake(*_: Any) -> None:
+    pass
+
+
+def _attention_with_cache_impl(*args: Any) -> tuple[Tensor, Tensor]:
+    tensors, slots, problem, backend = _unflatten_cache(args)
+    assert tensors.q is not None
+    out, lse = _empty_results(tensors.q, slots.v)
+    registry.get(backend).decode(problem, tensors, slots, out, lse)
+    return out, lse
+
+
+def _attention_with_cache_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    tensors = CacheTensors(*args[:_NUM_CACHE_TENSORS])
+    assert tensors.q is not None
+    return _empty_results(tensors.q, args[_NUM_CACHE_TENSORS + 1])
 
 
 def _backward_impl(*args: Any) -> tuple[Tensor, ...]:
@@ -188,7 +306,7 @@ def _double_backward_impl(*args: Any) -> tuple[Tensor, ...]:
     call, (dout, dlse, *tangents, wanted) = args[: -len(_DIFFERENTIABLE) - 3], args[-len(_DIFFERENTIABLE) - 3 :]
     tensors, problem, _ = _unflatten(call)
     grads = _empty_gradients(tensors, wanted[:-2])
-    ddout, ddlse = _empty_results(tensors)
+    ddout, ddlse = _empty_results(tensors.q, tensors.v)
     dtype = problem.accumulate_dtype
     with torch.autocast(problem.device, enabled=False):
         eager.double_backward(problem, tensors, dout, dlse, Gradients(*tangents), grads, ddout, ddlse, dtype)
@@ -198,7 +316,7 @@ def _double_backward_impl(*args: Any) -> tuple[Tensor, ...]:
 def _double_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     tensors = Tensors(*args[:_NUM_TENSORS])
     grads = _empty_gradients(tensors, args[-1][:-2])
-    return _fixed_arity((*grads, *_empty_results(tensors)), tensors.q)
+    return _fixed_arity((*grads, *_empty_results(tensors.q, tensors.v)), tensors.q)
 
 
 def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
@@ -398,3 +516,10 @@ for _name, _rule in (
     ("rope", _rope_vmap),
 ):
     torch.library.register_vmap(f"longattn::{_name}", _rule, lib=_library)
+
+for _name, _cache_impl, _cache_fake in (
+    ("cache_append", _cache_append_impl, _cache_append_fake),
+    ("attention_with_cache", _attention_with_cache_impl, _attention_with_cache_fake),
+):
+    _library.impl(_name, _cache_impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"longattn::{_name}", _cache_fake, lib=_library)

@@ -39,6 +39,40 @@ class Tensors(NamedTuple):
     seed: Tensor | None = None  # int64 [1]: dropout
 
 
+class CacheTensors(NamedTuple):
+    """What a kernel reads in a call on a cache, beside its slots. Sequence b appends as many keys as it has queries."""
+
+    q: Tensor | None  # [B, Hq, Nq, D], unit stride in D; None: the call only appends
+    k: Tensor | None  # [B, Hkv, Nq, D], unit stride in D: new keys; None: nothing is appended
+    v: Tensor | None  # [B, Hkv, Nq, Dv]
+    key_lens: Tensor  # int32 [B], the new keys included
+    query_lens: Tensor  # int32 [B]: the first so many queries and new keys count; they stand at the last keys
+    alibi_slopes: Tensor | None = None  # floating [Hq] or [B, Hq]
+    sink_logits: Tensor | None = None  # floating [Hq]
+    inv_freq: Tensor | None = None  # float32 [rotated width / 2] or [B, rotated width / 2]: rope
+    positions: Tensor | None = None  # float32 [Nq] or [B, Nq]: in place of those of the new tokens in the rotation
+    cos: Tensor | None = None  # [1 or B, places, rotated width / 2], accumulation dtype, times the rope's factor:
+    sin: Tensor | None = None  # keys lie in their slots unrotated, and rotate so when they are read
+    tree: Tensor | None = None  # bool [Nq, Nq] or [B, Nq, Nq]: which new keys each query sees
+    depths: Tensor | None = None  # int32 [Nq] or [B, Nq], with tree: query i stands depths[i] past the old keys
+
+
+class Slots(NamedTuple):
+    """Where a cache keeps its keys and values: P pages of S slots each.
+
+    Key j of a sequence lies in its slot j, or with a ring past the first `sinks` keys in slot
+    sinks + (j - sinks) % ring. Slot s of sequence b lies in page table[b, s // S].
+    """
+
+    k: Tensor  # [P, Hkv, S, D], contiguous; floating or int8
+    v: Tensor  # [P, Hkv, S, Dv], as k
+    k_scales: Tensor | None  # float32 [P, Hkv, S]: of int8 keys
+    v_scales: Tensor | None
+    table: Tensor  # int32 [B, pages of a sequence], contiguous
+    ring: int = 0  # 0: no key takes another's slot
+    sinks: int = 0
+
+
 FEATURES = (
     "key_mask",
     "key_lens",
@@ -50,6 +84,11 @@ FEATURES = (
     "rope",
     "dropout",
     "varlen",
+    "cache",
+    "ring",
+    "int8",
+    "tree",
+    "rotate_on_read",
 )
 
 
@@ -74,6 +113,8 @@ class Problem(NamedTuple):
     deterministic: bool = False
     max_seqlen_q: int = 0  # of a packed sequence
     max_seqlen_k: int = 0
+    storage: torch.dtype | None = None  # of a cache's slots
+    frame: int = 0  # of a cache: keys rotate at their place among the newest so many, and the sinks before them
     features: tuple[str, ...] = ()  # of FEATURES, in that order
     needs_grad: bool = False
 
@@ -122,6 +163,22 @@ def present_features(tensors: Tensors, softcap: float, dropout_p: float) -> tupl
         tensors.cu_seqlens_q is not None,
     )
     return tuple(compress(FEATURES, used))
+
+
+def cache_features(tensors: CacheTensors, softcap: float, ring: bool, storage: torch.dtype) -> tuple[str, ...]:
+    """The features that a call on a cache uses, of FEATURES."""
+    used = {
+        "softcap": softcap > 0.0,
+        "alibi_slopes": tensors.alibi_slopes is not None,
+        "sink_logits": tensors.sink_logits is not None,
+        "rope": tensors.inv_freq is not None,
+        "cache": True,
+        "ring": ring,
+        "int8": storage == torch.int8,
+        "tree": tensors.tree is not None,
+        "rotate_on_read": tensors.cos is not None,
+    }
+    return tuple([name for name in FEATURES if used.get(name)])
 
 
 def check_sequences(tensors: Tensors, problem: Problem) -> None:

@@ -108,29 +108,27 @@ DYNAMIC: dict[str, Callable[[int, int, int], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("call", DYNAMIC)
-@pytest.mark.parametrize("backend", backend_names())
-def test_dynamic_shapes(backend: str, call: str) -> None:
+def test_dynamic_shapes(call: str) -> None:
     """One graph for every batch and length. Sizes that are equal in the first call would be taken for one."""
     keywords: dict[str, Any] = {}
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return longattn.attention(q, k, v, **keywords, return_lse=True, backend=backend)
+        return longattn.attention(q, k, v, **keywords, return_lse=True)
 
     graph = compiled(lambda q, k, v, **named: longattn.attention(q, k, v, **named), dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch, nq, nk in ((3, 19, 23), (5, 30, 41), (2, 7, 300)):
             keywords = DYNAMIC[call](batch, nq, nk)
-            named = keywords | {"return_lse": True, "backend": backend}
+            named = keywords | {"return_lse": True}
             check(attend, lambda *tensors: graph(*tensors, **named), random_qkv(batch, (4, 2), (nq, nk), 8))  # noqa: B023
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("backend", backend_names())
-def test_dynamic_varlen(backend: str) -> None:
+def test_dynamic_varlen() -> None:
     """One graph for every number of sequences and tokens, and for every greatest length."""
 
     def attend(*packed: Any) -> tuple[Tensor, Tensor]:
-        return longattn.attention_varlen(*packed, causal=True, window=7, rope=Rope(8), return_lse=True, backend=backend)
+        return longattn.attention_varlen(*packed, causal=True, window=7, rope=Rope(8), return_lse=True)
 
     graph = compiled(attend, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -144,12 +142,11 @@ def test_dynamic_varlen(backend: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("backend", backend_names(native=True))
-def test_marked_dynamic(backend: str) -> None:
+def test_marked_dynamic() -> None:
     """Only the length varies, and is said to: torch raises where a graph would fix it."""
 
     def attend(x: Tensor) -> tuple[Tensor, Tensor]:
-        return longattn.attention(x, x, x, causal=True, window=9, rope=Rope(8), return_lse=True, backend=backend)
+        return longattn.attention(x, x, x, causal=True, window=9, rope=Rope(8), return_lse=True)
 
     graph = compiled(attend)
     with torch._dynamo.config.patch(error_on_recompile=True):

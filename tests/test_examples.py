@@ -25,6 +25,20 @@ def test_existing_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(1, 8192, 64)" in out
 
 
+def test_translate(capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(EXAMPLES / "translate.py"))
+    assert example["words"](407_021) == "four hundred and seven thousand and twenty one"
+    assert example["words"](15_300) == "fifteen thousand three hundred"
+    batch = example["pairs"]([7, 40])
+    assert bytes(batch["source"][1, :5].tolist()) == b"forty" and batch["source_lens"].tolist() == [5, 5]
+    assert batch["tokens"].tolist() == [[1, 55, 2], [1, 52, 48]] and batch["targets"].tolist() == [
+        [55, 2, -100],
+        [52, 48, 2],
+    ]
+    assert 0.0 <= example["main"](steps=3, batch_size=4, dim=32) <= 1.0
+    assert "of 200 numbers" in capsys.readouterr().out
+
+
 def test_attention_maps(tmp_path: Path) -> None:
     """A model of random weights; every number drawn is checked against transformers' own attention."""
     transformers = pytest.importorskip("transformers")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
 from pathlib import Path
@@ -46,45 +45,31 @@ def exported(block: Block, strict: bool) -> torch.export.ExportedProgram:
 def test_a_program_of_any_length(strict: bool) -> None:
     block = Block()
     program = exported(block, strict)
+    if not strict:
+        program = program.run_decompositions()  # the operator is no composition, and stays whole
     attention = [node for node in program.graph.nodes if node.target is torch.ops.longattn.attention.default]
     assert len(attention) == 1
     for batch, n in ((3, 11), (1, 1), (5, 300)):
         x, key_lens = inputs(batch, n)
-        assert torch.equal(program.module()(x, key_lens), block(x, key_lens))
-
-
-def test_decomposed() -> None:
-    """The operator is one of ours, and stays whole."""
-    block = Block()
-    program = exported(block, False).run_decompositions()
-    x, key_lens = inputs(2, 40)
-    torch.testing.assert_close(program.module()(x, key_lens), block(x, key_lens))
+        torch.testing.assert_close(program.module()(x, key_lens), block(x, key_lens))
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    """In a process that imports longattn, which registers the operator, and knows no module of ours."""
+    """In a process that imports longattn, which registers the operator, and knows no module of ours; to train, too."""
     block = Block()
     x, key_lens = inputs(2, 40)
     torch.export.save(exported(block, False), tmp_path / "block.pt2")
-    torch.save((x, key_lens, block(x, key_lens)), tmp_path / "case.pt")
+    out = block(x, key_lens)
+    out.square().sum().backward()
+    torch.save((x, key_lens, out.detach(), block.sinks.grad), tmp_path / "case.pt")
     program = (
         "import sys, torch, longattn\n"
         "program = torch.export.load(sys.argv[1]).module()\n"
-        "x, key_lens, expected = torch.load(sys.argv[2])\n"
-        "torch.testing.assert_close(program(x, key_lens), expected)\n"
+        "x, key_lens, expected, dsinks = torch.load(sys.argv[2])\n"
+        "out = program(x, key_lens)\n"
+        "torch.testing.assert_close(out, expected)\n"
+        "out.square().sum().backward()\n"
+        "torch.testing.assert_close(program.sinks.grad, dsinks)\n"
     )
     paths = [str(tmp_path / name) for name in ("block.pt2", "case.pt")]
     subprocess.run([sys.executable, "-c", program, *paths], cwd=ROOT, check=True)
-
-
-def test_a_loaded_program_trains() -> None:
-    block = Block()
-    buffer = io.BytesIO()
-    torch.export.save(exported(block, False), buffer)
-    buffer.seek(0)
-    loaded = torch.export.load(buffer).module()
-    x, key_lens = inputs(2, 9)
-    for module in (block, loaded):
-        module(x, key_lens).square().sum().backward()
-    for name, parameter in loaded.named_parameters():
-        torch.testing.assert_close(parameter.grad, block.get_parameter(name).grad)

@@ -27,6 +27,7 @@ LAYERS = (
     ("ops",),
     ("backends.registry", "batching"),
     ("backends.cpu", "backends.triton", "backends.reference"),
+    ("backends.eager_cache",),
     ("backends.eager",),
     ("backends.base", "backends.angles", "backends.philox"),
     ("problem",),

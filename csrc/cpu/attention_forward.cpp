@@ -17,10 +17,14 @@ constexpr int64_t kPieceKeys = 512;  // at least, of a piece
 
 // Pieces per tile: from shapes alone, so that results do not depend on the number of threads.
 int64_t pieces_per_tile(const AttentionParams& p, const std::vector<QueryTile>& tiles) {
-  if (tiles.empty()) return 1;
-  const KeyRange keys = keys_of(p, tiles.front());  // that sees the most
-  const int64_t most = (keys.stop - keys.start) / kPieceKeys;
-  return std::max<int64_t>(1, std::min(most, kEnoughTiles / static_cast<int64_t>(tiles.size())));
+  const int64_t count = static_cast<int64_t>(tiles.size());
+  if (count == 0 || count > kEnoughTiles) return 1;
+  int64_t most = 0;
+  for (const QueryTile& tile : tiles) {
+    const KeyRange keys = keys_of(p, tile);
+    most = std::max(most, keys.stop - keys.start);
+  }
+  return std::max<int64_t>(1, std::min(most / kPieceKeys, kEnoughTiles / count));
 }
 
 // The piece of a tile's keys, cut at whole blocks; the first takes the sinks.
@@ -36,6 +40,10 @@ QueryTile piece_of(const AttentionParams& p, QueryTile tile, int64_t piece, int6
 
 void attention_forward(const AttentionParams& params) {
   check_forward(params);
+  run_forward(params);
+}
+
+void run_forward(const AttentionParams& params) {
   const Kernels& isa = kernels();
   const std::vector<QueryTile> tiles = query_tiles(params);
   const int64_t count = static_cast<int64_t>(tiles.size()), pieces = pieces_per_tile(params, tiles);

@@ -74,9 +74,59 @@ void expect_bias(const char* name, const Bias& bias, const AttentionParams& p) {
   }
 }
 
-}  // namespace
+constexpr int64_t kMostTokens = INT32_MAX;  // of a sequence in a cache
 
-void check_forward(const AttentionParams& p) {
+// A table entry that leads out of the pages would be a fault, and so would a key that the ring no longer holds.
+void expect_pages(const AttentionParams& p) {
+  const Pages& pages = p.pages;
+  const int64_t most = int64_t{1} << 40;
+  expect_size("pages", pages.count, 0, INT32_MAX);
+  expect_size("page_size", pages.slots, 1, most);
+  expect_size("block_table", pages.width, 0, most);
+  expect_size("sinks", pages.sinks, 0, INT32_MAX);
+  expect_size("ring", pages.ring, 0, INT32_MAX);
+  expect(pages.ring || !pages.sinks, "sinks", "0 without a ring", std::to_string(pages.sinks));
+  expect(pages.dtype == DType::kInt8 || (pages.dtype >= DType::kFloat32 && pages.dtype <= DType::kFloat16), "cache",
+         "numbers of a floating type or int8", std::to_string(static_cast<int>(pages.dtype)));
+  expect(pages.dtype != DType::kInt8 || (p.k.scales && p.v.scales), "cache", "scales of int8 numbers", "null");
+  expect_tensor("cache", p.k, {pages.count, p.kv_heads, pages.slots, p.head_dim});
+  expect_tensor("cache", p.v, {pages.count, p.kv_heads, pages.slots, p.v_head_dim});
+  if (!p.batch) return;
+  expect(p.key_lens && p.query_lens, "lengths", "those of keys and of queries", "null");
+  expect(p.from_end && !p.offset && !p.offsets, "align", "queries that stand at the last keys", "others");
+  expect(!p.cu_seqlens_q && !p.cu_seqlens_k, "cu_seqlens", "none with a cache", "some");
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t keys = p.key_lens[b], queries = p.query_lens[b];
+    expect_size("lengths", keys, 0, std::min(p.nk, kMostTokens));
+    expect_size("lengths", queries, 0, p.new_k.data ? std::min(p.nq, keys) : p.nq);
+    if (!queries) continue;
+    const bool wrapped = pages.ring && keys > pages.sinks + pages.ring;
+    expect(!wrapped || (p.left >= 0 && p.left + queries <= pages.ring && p.sinks <= pages.sinks), "window",
+           "keys that the ring still holds",
+           std::to_string(p.left + queries) + " keys of " + std::to_string(pages.ring));
+    const int64_t used = wrapped ? pages.sinks + pages.ring : keys;
+    const int64_t needed = (used + pages.slots - 1) / pages.slots;
+    expect(needed <= pages.width, "block_table", std::to_string(needed) + " pages", std::to_string(pages.width));
+    for (int64_t n = 0; n < needed; ++n)
+      expect_size("block_table", pages.table[b * pages.width + n], 0, pages.count - 1);
+  }
+  if (p.new_k.data) {
+    expect_tensor("k", p.new_k, {p.batch, p.kv_heads, p.nq, p.head_dim});
+    expect_tensor("v", p.new_v, {p.batch, p.kv_heads, p.nq, p.v_head_dim});
+  }
+  if (p.rotated) {
+    expect_angles("rope", p.k_angles, p.frame > 0);
+    expect(p.frame > 0 || p.inv_freq, "rope", "frequencies", "null");
+    expect(p.inv_freq_batch >= 0 && p.positions_batch >= 0, "positions", "strides >= 0", "others");
+  }
+  expect_size("window", p.frame, 0, INT32_MAX);
+  expect(p.frame == 0 || (p.left >= 0 && p.left < p.frame && p.rotated && !p.tree), "window",
+         "at most that of the cache, with rope and no tree", std::to_string(p.left));
+  expect(!p.tree || (p.right < 0 && p.depths && p.tree_batch >= 0 && p.depths_batch >= 0), "tree",
+         "depths, and no other order", "others");
+}
+
+void expect_call(const AttentionParams& p) {
   const int64_t most = int64_t{1} << 40;
   expect_size("batch", p.batch, 0, most);
   expect_size("q_heads", p.q_heads, 0, most);
@@ -96,8 +146,14 @@ void check_forward(const AttentionParams& p) {
   const bool packed = p.cu_seqlens_q || p.cu_seqlens_k;
   const int64_t rows = packed ? 1 : p.batch;
   expect_tensor("q", p.q, {rows, p.q_heads, p.nq, p.head_dim});
-  expect_tensor("k", p.k, {rows, p.kv_heads, p.nk, p.head_dim});
-  expect_tensor("v", p.v, {rows, p.kv_heads, p.nk, p.v_head_dim});
+  if (p.pages.table) {
+    expect_pages(p);
+  } else {
+    expect_tensor("k", p.k, {rows, p.kv_heads, p.nk, p.head_dim});
+    expect_tensor("v", p.v, {rows, p.kv_heads, p.nk, p.v_head_dim});
+    expect_angles("rope", p.q_angles, p.rotated && rows && p.q_heads && p.nq);
+    expect_angles("rope", p.k_angles, p.rotated && rows && p.q_heads && p.nq && p.nk);
+  }
   expect_tensor("out", p.out, {rows, p.q_heads, p.nq, p.v_head_dim});
   const bool any = rows && p.q_heads && p.nq;
   expect(!any || p.lse, "lse", "an address", "null");
@@ -117,8 +173,18 @@ void check_forward(const AttentionParams& p) {
   expect(p.slopes_batch >= 0, "alibi_slopes", "a stride >= 0", std::to_string(p.slopes_batch));
   expect(p.rotated >= 0 && p.rotated <= p.head_dim && p.rotated % 2 == 0, "rope", "an even width of at most head_dim",
          std::to_string(p.rotated));
-  expect_angles("rope", p.q_angles, p.rotated && any);
-  expect_angles("rope", p.k_angles, p.rotated && any && p.nk);
+}
+
+}  // namespace
+
+void check_forward(const AttentionParams& p) {
+  expect(!p.pages.table, "cache", "none in a call of tensors", "one");
+  expect_call(p);
+}
+
+void check_decode(const AttentionParams& p) {
+  expect(p.pages.table, "block_table", "an address", "null");
+  expect_call(p);
 }
 
 void check_backward(const AttentionParams& p) {

@@ -61,6 +61,9 @@ struct Kernels {
 
   double (*burst)(DType, int64_t rounds);  // for peak.h
 
+  int64_t (*append_scratch)(const AttentionParams&);
+  void (*append)(const AttentionParams&, const KeyTile&, char* scratch);  // a tile of new keys and values
+
   int64_t (*rope_scratch)(const RopeParams&);
   void (*rope)(const RopeParams&, int64_t batch, int64_t head, int64_t first, int64_t tokens, char* scratch);
 };

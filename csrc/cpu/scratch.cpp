@@ -17,7 +17,7 @@ struct Block {
 
 // As many as a call holds at once.
 struct Kept {
-  Block blocks[2];
+  Block blocks[3];
   ~Kept() {
     for (Block& block : blocks) std::free(block.memory);
   }
@@ -43,14 +43,16 @@ Scratch::Scratch(int64_t pieces, int64_t bytes)
 }
 
 Scratch::~Scratch() {
-  // Takes the place of the smaller block, if it is larger and not too large to keep.
-  Block* smaller = kept.blocks[0].bytes <= kept.blocks[1].bytes ? &kept.blocks[0] : &kept.blocks[1];
-  if (bytes_ > kMostKept || bytes_ <= smaller->bytes) {
+  // Takes the place of the smallest block, if it is larger and not too large to keep.
+  Block* smallest = kept.blocks;
+  for (Block& block : kept.blocks)
+    if (block.bytes < smallest->bytes) smallest = &block;
+  if (bytes_ > kMostKept || bytes_ <= smallest->bytes) {
     std::free(memory_);
     return;
   }
-  std::free(smaller->memory);
-  *smaller = Block{memory_, bytes_};
+  std::free(smallest->memory);
+  *smallest = Block{memory_, bytes_};
 }
 
 }  // namespace longattn

@@ -12,11 +12,15 @@ int64_t tile_queries(const AttentionParams& p) {
   return std::max<int64_t>(1, kTilePanels * kPanelRows / group);
 }
 
+int64_t cost(const AttentionParams& p, const QueryTile& tile) {
+  const KeyRange keys = keys_of(p, tile);
+  return (std::max<int64_t>(0, keys.sinks) + keys.stop - keys.start) * tile.queries;
+}
+
 }  // namespace
 
 KeyRange keys_of(const AttentionParams& p, const QueryTile& tile) {
-  const int64_t first = tile.first_query + tile.sequence.shift;
-  return kv_range({p.left, p.right, p.sinks}, first, first + tile.queries - 1, tile.sequence.lk);
+  return kv_range(p, tile.sequence, tile.first_query, tile.first_query + tile.queries - 1);
 }
 
 int64_t panels_per_tile(const AttentionParams& p) {
@@ -26,20 +30,20 @@ int64_t panels_per_tile(const AttentionParams& p) {
 
 std::vector<QueryTile> query_tiles(const AttentionParams& p) {
   const int64_t group = p.q_heads / p.kv_heads, queries = tile_queries(p);
-  std::vector<std::pair<int64_t, QueryTile>> costed;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const Sequence s = sequence(p, b);
-    for (int64_t first = 0; first < s.lq; first += queries)
-      for (int64_t head = 0; head < p.kv_heads && group; ++head) {
-        const QueryTile tile{s, head, first, std::min(queries, s.lq - first)};
-        const KeyRange keys = keys_of(p, tile);
-        costed.emplace_back((std::max<int64_t>(0, keys.sinks) + keys.stop - keys.start) * tile.queries, tile);
-      }
-  }
-  std::stable_sort(costed.begin(), costed.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+  std::vector<Sequence> sequences;
+  for (int64_t b = 0; b < p.batch; ++b) sequences.push_back(sequence(p, b));
+  std::stable_sort(sequences.begin(), sequences.end(),
+                   [](const Sequence& a, const Sequence& b) { return a.lq * a.lk > b.lq * b.lk; });
   std::vector<QueryTile> tiles;
-  tiles.reserve(costed.size());
-  for (const auto& entry : costed) tiles.push_back(entry.second);
+  for (const Sequence& s : sequences)
+    for (int64_t head = 0; head < p.kv_heads && group;
+         ++head) {  // at work on one head, threads share its keys in caches
+      const size_t begin = tiles.size();
+      for (int64_t first = 0; first < s.lq; first += queries)
+        tiles.push_back({s, head, first, std::min(queries, s.lq - first)});
+      std::stable_sort(tiles.begin() + begin, tiles.end(),
+                       [&](const QueryTile& a, const QueryTile& b) { return cost(p, a) > cost(p, b); });
+    }
   return tiles;
 }
 

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from longattn.problem import Problem, Tensors
+from longattn.problem import CacheTensors, Problem, Slots, Tensors
 
 
 class Gradients(NamedTuple):
@@ -54,6 +54,17 @@ class Backend(ABC):
         Args:
             out, lse: what `forward` gave.
             dout: the gradient of out, unit stride in Dv; dlse: that of lse, or None for zero.
+        """
+
+    @abstractmethod
+    def append(self, problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
+        """Write the new keys, rotated unless that is left to the reader, and values into the slots of a cache."""
+
+    @abstractmethod
+    def decode(self, problem: Problem, tensors: CacheTensors, slots: Slots, out: Tensor, lse: Tensor) -> None:
+        """`append`, if there are new keys, then attend to all: fill out and lse as `forward`.
+
+        Rows past a sequence's queries get 0 and -inf.
         """
 
     @abstractmethod

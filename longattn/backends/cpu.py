@@ -12,7 +12,7 @@ from torch import Tensor
 from longattn._build_info import build_info
 from longattn.backends.angles import rotation_positions
 from longattn.backends.base import Backend, Gradients
-from longattn.problem import Problem, Tensors
+from longattn.problem import CacheTensors, Problem, Slots, Tensors
 
 try:
     from longattn import _C as _native
@@ -22,7 +22,14 @@ except ImportError as error:  # built without a compiler, or not built at all
 else:
     _UNAVAILABLE = None
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
+_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.bool: 4,
+    torch.int8: 5,
+}
 
 
 class CpuBackend(Backend):
@@ -94,6 +101,18 @@ class CpuBackend(Backend):
             sinks = tensors.sink_logits.to(lse.dtype)[:, None]
             weights = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks - lse))  # of the sinks, that have no value
             grads.sink_logits.copy_(-_sum_to(weights * delta, (1, problem.q_heads, 1)).flatten())
+
+    def append(self, problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
+        params, keep = _cache_params(problem, tensors, slots)
+        native().attention_append(params)
+        del keep
+
+    def decode(self, problem: Problem, tensors: CacheTensors, slots: Slots, out: Tensor, lse: Tensor) -> None:
+        params, keep = _cache_params(problem, tensors, slots)
+        assert tensors.q is not None
+        params.q_heads, params.q, params.out, params.lse = problem.q_heads, _view(tensors.q), _view(out), lse.data_ptr()
+        native().attention_decode(params)
+        del keep
 
     def rope(
         self,
@@ -176,6 +195,57 @@ def _params(problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> tup
         params.q_angles, params.k_angles = _angles(*q_tables), _angles(*k_tables)
         keep += [*q_tables, *k_tables]
     return params, keep
+
+
+def _cache_params(problem: Problem, tensors: CacheTensors, slots: Slots) -> tuple[Any, list[Tensor]]:
+    """The native parameters of a call on a cache without queries, and the tensors that must outlive the call."""
+    params = native().AttentionParams()
+    params.batch, params.q_heads, params.kv_heads = problem.batch, 0, problem.kv_heads
+    params.nq, params.nk = problem.nq, problem.nk
+    params.head_dim, params.v_head_dim = problem.head_dim, problem.v_head_dim
+    params.dtype = _DTYPES[problem.dtype]
+    params.k, params.v = _view(slots.k), _view(slots.v)
+    if slots.k_scales is not None and slots.v_scales is not None:
+        params.k_scales, params.v_scales = slots.k_scales.data_ptr(), slots.v_scales.data_ptr()
+    pages, _, size, _ = slots.k.shape
+    table, dtype = slots.table, _DTYPES[slots.k.dtype]
+    params.pages = table.data_ptr(), table.shape[1], pages, size, slots.sinks, slots.ring, dtype
+    params.key_lens, params.query_lens = tensors.key_lens.data_ptr(), tensors.query_lens.data_ptr()
+    if tensors.k is not None and tensors.v is not None:
+        params.new_k, params.new_v = _view(tensors.k), _view(tensors.v)
+    mask = problem.mask
+    params.left = -1 if mask.left is None else mask.left
+    params.right = -1 if mask.right is None else mask.right
+    params.sinks, params.frame = mask.sinks, problem.frame
+    params.scale, params.softcap = problem.scale, problem.softcap
+    params.threads = torch.get_num_threads()
+    keep = []
+    for name, x in (("alibi_slopes", tensors.alibi_slopes), ("sink_logits", tensors.sink_logits)):
+        if x is not None:
+            x = x.to(problem.accumulate_dtype).contiguous()
+            keep.append(x)
+            setattr(params, name, x.data_ptr())
+    if tensors.alibi_slopes is not None and tensors.alibi_slopes.dim() == 2:
+        params.slopes_batch = problem.q_heads
+    if tensors.inv_freq is not None:
+        params.rotated, params.interleaved = 2 * tensors.inv_freq.shape[-1], problem.interleaved
+        params.rope_factor = problem.rope_factor
+        params.inv_freq, params.inv_freq_batch = _per_sequence(tensors.inv_freq, 1, keep)
+        if tensors.positions is not None:
+            params.positions, params.positions_batch = _per_sequence(tensors.positions, 1, keep)
+    if tensors.cos is not None and tensors.sin is not None:
+        params.k_angles = _angles(tensors.cos, tensors.sin)
+    if tensors.tree is not None and tensors.depths is not None:
+        params.tree, params.tree_batch = _per_sequence(tensors.tree, 2, keep)
+        params.depths, params.depths_batch = _per_sequence(tensors.depths, 1, keep)
+    return params, keep
+
+
+def _per_sequence(x: Tensor, dims: int, keep: list[Tensor]) -> tuple[int, int]:
+    """Address of x, contiguous, and its batch stride: 0 where all sequences share its `dims` dimensions."""
+    x = x.contiguous()
+    keep.append(x)
+    return x.data_ptr(), x.stride(0) if x.dim() > dims else 0
 
 
 def _sum_slopes(problem: Problem, tensors: Tensors, rows: Tensor, out: Tensor) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longattn.backends import eager
+from longattn.backends import eager, eager_cache
 from longattn.backends.base import Backend, Gradients
-from longattn.problem import Problem, Tensors
+from longattn.problem import CacheTensors, Problem, Slots, Tensors
 
 
 class ReferenceBackend(Backend):
@@ -37,6 +37,12 @@ class ReferenceBackend(Backend):
         grads: Gradients,
     ) -> None:
         eager.backward(problem, tensors, dout, dlse, grads, torch.float64)
+
+    def append(self, problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
+        eager_cache.append(problem, tensors, slots)
+
+    def decode(self, problem: Problem, tensors: CacheTensors, slots: Slots, out: Tensor, lse: Tensor) -> None:
+        eager_cache.decode(problem, tensors, slots, out, lse)
 
     def rope(
         self,

@@ -49,7 +49,9 @@ def _around(
 ) -> Prepared:
     function, held = attend(case.attention)
     positions = torch.arange(case.n, device=case.device)
-    cos, sin = case.config.rope.tables(positions, dtype=case.torch_dtype)
+    rope = case.config.rope
+    assert rope is not None
+    cos, sin = rope.tables(positions, dtype=case.torch_dtype)
     forward = whole(partial(_block, inputs.block, function))
     return Prepared(lambda: forward(inputs.x, cos, sin), (*held, cos, sin))
 

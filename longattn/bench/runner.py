@@ -18,7 +18,7 @@ from longattn.bench.report import Report, Result
 
 Watch = Callable[[int, str], None]  # told how many cases are done, and what happens now
 
-_SECONDS = 1.5  # no further round of a case starts after this long
+_SECONDS = 2.0  # no further round of a case starts after this long
 
 
 def run(

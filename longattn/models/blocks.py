@@ -2,59 +2,191 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longattn.cache import Cache
+from longattn.errors import InvalidInput
 from longattn.models.config import TransformerConfig
 from longattn.nn import Attention
 
-__all__ = ["Block", "SwiGLU"]
+__all__ = ["Block", "FeedForward", "SwiGLU", "make_norm"]
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) without biases (Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202).
+    """down(silu(gate(x)) * up(x)) (Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202).
 
     Args:
         dim: C, the width of inputs and outputs [..., C].
         hidden: the inner width.
+        bias: of the three projections.
     """
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden, bias=False)
-        self.up_proj = nn.Linear(dim, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, dim, bias=False)
+        self.gate_proj = nn.Linear(dim, hidden, bias=bias)
+        self.up_proj = nn.Linear(dim, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] to [..., C]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class FeedForward(nn.Module):
+    """down(activation(up(x))) (Vaswani et al., arXiv 1706.03762, section 3.3).
+
+    Args:
+        dim: C, the width of inputs and outputs [..., C].
+        hidden: the inner width.
+        activation: "relu", "gelu" or "gelu_tanh".
+        bias: of both projections.
+    """
+
+    def __init__(self, dim: int, hidden: int, activation: str, bias: bool = False) -> None:
+        super().__init__()
+        self.activation = _ACTIVATIONS[activation]
+        self.up_proj = nn.Linear(dim, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] to [..., C]."""
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
 class Block(nn.Module):
-    """Attention, then the feed-forward layer, each added to what came in and fed its RMSNorm (pre-norm).
+    """Self-attention, attention to a memory if there is one, and the feed-forward layer, each added to what came in.
+
+    Pre-norm: x + layer(norm(x)); post-norm: norm(x + layer(x)).
 
     Args:
         config: of the model.
         layer: the block's place, which decides between full and sliding attention.
+        causal: no token sees a later one.
+        cross_attention: attend to the output of an encoder, the memory.
     """
 
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer: int, *, causal: bool = True, cross_attention: bool = False
+    ) -> None:
         super().__init__()
         sliding = config.is_sliding(layer)
-        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(
+        attend = partial(
+            Attention,
             config.dim,
             config.heads,
             config.kv_heads,
             config.head_dim,
+            bias=config.bias,
+            dropout=config.attention_dropout,
+        )
+        self.norm_first = config.norm_first
+        self.attention_norm = make_norm(config)
+        self.attention = attend(
+            causal=causal,
             rope=config.rope,
             window=config.window if sliding else None,
             sinks=config.sinks if sliding else 0,
         )
-        self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.feed_forward = SwiGLU(config.dim, config.hidden)
+        self.cross_attention_norm = make_norm(config) if cross_attention else None
+        self.cross_attention = attend(causal=False) if cross_attention else None
+        self.feed_forward_norm = make_norm(config)
+        self.feed_forward: nn.Module
+        if config.feed_forward == "swiglu":
+            self.feed_forward = SwiGLU(config.dim, config.hidden, config.bias)
+        else:
+            self.feed_forward = FeedForward(config.dim, config.hidden, config.feed_forward, config.bias)
+        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, C] to [B, N, C]."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        memory: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        key_lens: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        memory_lens: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: Cache | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        tree: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """[B, N, C] to [B, N, C]; packed sequences [T, C] to [T, C].
+
+        Args:
+            memory: [B, M, C], for the cross-attention; memory_mask and memory_lens: its key_mask and key_lens.
+            key_mask, key_lens, cu_seqlens, max_seqlen, cache, lengths, sequences, tree: of the self-attention, as in
+                `longattn.nn.Attention`.
+        """
+        x = self._attend_within(
+            x,
+            key_mask=key_mask,
+            key_lens=key_lens,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            cache=cache,
+            lengths=lengths,
+            sequences=sequences,
+            tree=tree,
+        )
+        if self.cross_attention is not None and self.cross_attention_norm is not None:
+            inner = self._before(x, self.cross_attention_norm)
+            attended = self.cross_attention(inner, context=memory, key_mask=memory_mask, key_lens=memory_lens)
+            x = self._add(x, attended, self.cross_attention_norm)
+        return self._add(x, self.feed_forward(self._before(x, self.feed_forward_norm)), self.feed_forward_norm)
+
+    def weights(
+        self,
+        x: Tensor,
+        rows: Sequence[int] | Tensor,
+        *,
+        cross: bool = False,
+        memory: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        key_lens: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        memory_lens: Tensor | None = None,
+    ) -> Tensor:
+        """The attention weights of some tokens, [B, Hq, R, N]; [B, Hq, R, M] of the memory if cross.
+
+        Args:
+            rows: the tokens wanted, R places; negative ones count from the end. The others as in `forward`.
+        """
+        if not cross:
+            inner = self._before(x, self.attention_norm)
+            return self.attention.weights(inner, rows, key_mask=key_mask, key_lens=key_lens)
+        if self.cross_attention is None or self.cross_attention_norm is None:
+            raise InvalidInput("cross", "False for a block without cross-attention", cross)
+        inner = self._before(self._attend_within(x, key_mask=key_mask, key_lens=key_lens), self.cross_attention_norm)
+        return self.cross_attention.weights(inner, rows, context=memory, key_mask=memory_mask, key_lens=memory_lens)
+
+    def _attend_within(self, x: Tensor, **attention: Any) -> Tensor:
+        attended = self.attention(self._before(x, self.attention_norm), **attention)
+        return self._add(x, attended, self.attention_norm)
+
+    def _before(self, x: Tensor, norm: nn.Module) -> Tensor:
+        return norm(x) if self.norm_first else x
+
+    def _add(self, x: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
+        x = x + self.dropout(update)
+        return x if self.norm_first else norm(x)
+
+
+def make_norm(config: TransformerConfig) -> nn.Module:
+    """A norm over the residual stream."""
+    if config.norm == "rms":
+        return nn.RMSNorm(config.dim, eps=config.norm_eps)
+    return nn.LayerNorm(config.dim, eps=config.norm_eps, bias=config.bias)

@@ -11,32 +11,59 @@ from longattn.errors import InvalidInput
 from longattn.rope import Rope
 from longattn.scaling import Scaling, finite_number
 
-__all__ = ["TransformerConfig"]
+__all__ = ["STYLES", "TransformerConfig"]
 
 FULL, SLIDING = "L", "S"
+DECODER, ENCODER, ENCODER_DECODER = "decoder", "encoder", "encoder-decoder"
+
+_CHOICES = {
+    "architecture": (DECODER, ENCODER, ENCODER_DECODER),
+    "positions": ("rope", "learned", "sinusoidal"),
+    "norm": ("rms", "layer"),
+    "feed_forward": ("swiglu", "gelu", "gelu_tanh", "relu"),
+}
+_FLAGS = ("norm_first", "embedding_norm", "bias", "scale_embeddings", "tie_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """Everything that a model is, but its weights.
 
+    The defaults are those of Llama; `style` names the others.
+
     Args:
         vocab_size: V, the number of token ids; 256 for bytes.
         dim: C, the width of the residual stream.
-        layers: how many blocks.
+        layers: how many blocks; of an encoder-decoder, those of the decoder.
         heads: Hq, query heads.
         kv_heads: Hkv, a divisor of heads; heads by default.
-        head_dim: D, even; dim / heads by default.
-        hidden: inner width of the feed-forward layers; 8/3 dim by default, rounded up to a multiple of 64, where
-            SwiGLU's three matrices weigh what two of width 4 dim do (Shazeer, GLU Variants, arXiv 2002.05202).
-        max_length: the trained length, in tokens. Longer inputs run; a rope_scaling or sliding layers make them work.
-        pattern: one letter a layer, repeated over the layers: "L" full causal attention, "S" a sliding window.
-            "SSSL" is three sliding layers, then a full one.
-        window: how many of the newest keys a sliding layer sees, the query's own included.
+        head_dim: D, even for rotary positions; dim / heads by default.
+        hidden: inner width of the feed-forward layers; 4 dim by default, of SwiGLU 8/3 dim, rounded up to a multiple
+            of 64, where its three matrices weigh what two of width 4 dim do (Shazeer, GLU Variants, arXiv 2002.05202).
+        max_length: the trained length, in tokens. Longer inputs run, where a rope_scaling or sliding layers make them
+            work; with learned positions they are an error.
+        architecture: "decoder" (causal), "encoder" (every token sees every other), or "encoder-decoder", whose decoder
+            attends to the encoder's output as well.
+        encoder_layers: of an encoder-decoder; layers by default.
+        positions: "rope" rotates queries and keys, "learned" and "sinusoidal" are added to the embeddings.
+        norm: "rms" (RMSNorm) or "layer" (LayerNorm).
+        norm_first: norms stand before attention and feed-forward layers and after the last block (pre-norm), or after
+            each sum (post-norm, as the first Transformer has it).
+        embedding_norm: a norm of the embeddings, before the first block.
+        feed_forward: "swiglu", or two matrices with "gelu", "gelu_tanh" (its approximation) or "relu" between them.
+        bias: of the linear layers and LayerNorms.
+        dropout: of embeddings and of what attention and feed-forward layers add, while training.
+        attention_dropout: of the attention weights, while training.
+        token_types: how many token types (segments) an encoder's input has; 0: none.
+        scale_embeddings: token embeddings are multiplied by sqrt(dim), before positions are added.
+        pattern: one letter a layer, repeated over the layers: "L" full attention, "S" a sliding window. "SSSL" is three
+            sliding layers, then a full one. Attention to an encoder's output is always full.
+        window: how many of the newest keys a sliding layer sees, the query's own included; an encoder's sees as many on
+            the other side too.
         sinks: how many of the first keys a sliding layer sees from everywhere.
         rope_base, rope_scaling: of `longattn.Rope`.
-        norm_eps: of the RMSNorms.
-        tie_embeddings: the output projection is the embedding.
+        norm_eps: of the norms.
+        tie_embeddings: the output projection is the embedding; of an encoder-decoder, source and target share it too.
 
     Raises:
         InvalidInput: a value out of range, or two that contradict each other.
@@ -50,6 +77,18 @@ class TransformerConfig:
     head_dim: int = None  # type: ignore[assignment]
     hidden: int = None  # type: ignore[assignment]
     max_length: int
+    architecture: str = DECODER
+    encoder_layers: int | None = None
+    positions: str = "rope"
+    norm: str = "rms"
+    norm_first: bool = True
+    embedding_norm: bool = False
+    feed_forward: str = "swiglu"
+    bias: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    token_types: int = 0
+    scale_embeddings: bool = False
     pattern: str = FULL
     window: int | None = None
     sinks: int = 0
@@ -61,24 +100,47 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "layers", "heads", "max_length"):
             _check_int(name, getattr(self, name))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InvalidInput(name, " or ".join(map(repr, choices)), repr(getattr(self, name)))
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInput(name, "a bool", repr(getattr(self, name)))
         if self.head_dim is None and self.dim % self.heads:
             raise InvalidInput("dim", f"a multiple of heads {self.heads} (or head_dim beside it)", self.dim)
         self._default("kv_heads", self.heads)
         self._default("head_dim", self.dim // self.heads)
-        self._default("hidden", -(-8 * self.dim // (3 * 64)) * 64)
+        self._default("hidden", -(-8 * self.dim // (3 * 64)) * 64 if self.feed_forward == "swiglu" else 4 * self.dim)
         if self.heads % self.kv_heads:
             raise InvalidInput("kv_heads", f"a divisor of heads {self.heads}", self.kv_heads)
+        self._check_architecture()
         self._check_pattern()
+        self._check_positions()
         finite_number("norm_eps", self.norm_eps, above=0.0)
-        if not isinstance(self.tie_embeddings, bool):
-            raise InvalidInput("tie_embeddings", "a bool", repr(self.tie_embeddings))
-        _check_int("head_dim", self.head_dim, even=True)
-        self.rope.frequencies(self.max_length)  # a scaling may not exist at this width
+        for name in ("dropout", "attention_dropout"):
+            finite_number(name, getattr(self, name), at_least=0.0, at_most=1.0)
+            if getattr(self, name) == 1:
+                raise InvalidInput(name, "a number in [0, 1)", getattr(self, name))
+
+    @classmethod
+    def style(cls, name: str, **sizes: Any) -> TransformerConfig:
+        """The config of a well-known family in other sizes.
+
+        Args:
+            name: one of `STYLES`.
+            sizes: the arguments of this class; they win over those of the style.
+
+        Raises:
+            InvalidInput: an unknown style, or bad arguments.
+        """
+        if name not in STYLES:
+            raise InvalidInput("name", f"one of {', '.join(STYLES)}", repr(name))
+        return cls(**{**STYLES[name], **sizes})
 
     @property
-    def rope(self) -> Rope:
-        """How positions rotate queries and keys."""
-        return Rope(self.head_dim, self.rope_base, self.rope_scaling)
+    def rope(self) -> Rope | None:
+        """How positions rotate queries and keys; None where they are added to the embeddings."""
+        return Rope(self.head_dim, self.rope_base, self.rope_scaling) if self.positions == "rope" else None
 
     def is_sliding(self, layer: int) -> bool:
         """Whether a layer sees a window (and the sinks) only."""
@@ -109,11 +171,37 @@ class TransformerConfig:
             object.__setattr__(self, name, value)
         _check_int(name, getattr(self, name))
 
+    def _check_architecture(self) -> None:
+        if self.architecture == ENCODER_DECODER:
+            if self.encoder_layers is None:
+                object.__setattr__(self, "encoder_layers", self.layers)
+            _check_int("encoder_layers", self.encoder_layers)
+        elif self.encoder_layers is not None:
+            raise InvalidInput(
+                "encoder_layers", f"None for the architecture {self.architecture!r}", self.encoder_layers
+            )
+        if isinstance(self.token_types, bool) or not isinstance(self.token_types, int) or self.token_types < 0:
+            raise InvalidInput("token_types", "an int >= 0", repr(self.token_types))
+        if self.token_types and self.architecture != ENCODER:
+            raise InvalidInput("token_types", f"0 for the architecture {self.architecture!r}", self.token_types)
+
+    def _check_positions(self) -> None:
+        if self.positions == "rope":
+            _check_int("head_dim", self.head_dim, even=True)
+            Rope(self.head_dim, self.rope_base, self.rope_scaling).frequencies(self.max_length)
+            return
+        if self.positions == "sinusoidal" and self.dim % 2:
+            raise InvalidInput("dim", "an even int with sinusoidal positions", self.dim)
+        for name in ("rope_scaling", "rope_base"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise InvalidInput(name, f"the default beside positions {self.positions!r}", getattr(self, name))
+
     def _check_pattern(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern or set(self.pattern) - {FULL, SLIDING}:
             raise InvalidInput("pattern", "letters S (sliding) and L (full), at least one", repr(self.pattern))
-        if len(self.pattern) > self.layers:
-            raise InvalidInput("pattern", f"at most {self.layers} letters, one a layer", repr(self.pattern))
+        deepest = max(self.layers, self.encoder_layers or 0)
+        if len(self.pattern) > deepest:
+            raise InvalidInput("pattern", f"at most {deepest} letters, one a layer", repr(self.pattern))
         if SLIDING in self.pattern:
             _check_int("window", self.window)
         elif self.window is not None:
@@ -127,3 +215,47 @@ class TransformerConfig:
 def _check_int(name: str, value: object, *, even: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (even and value % 2):
         raise InvalidInput(name, "an even int >= 2" if even else "an int >= 1", repr(value))
+
+
+# What the families are but their sizes.
+STYLES: Mapping[str, Mapping[str, Any]] = {
+    # Touvron et al., arXiv 2302.13971
+    "llama": {},
+    # Radford et al., Language Models are Unsupervised Multitask Learners, 2019
+    "gpt2": {
+        "positions": "learned",
+        "norm": "layer",
+        "norm_eps": 1e-5,
+        "feed_forward": "gelu_tanh",
+        "bias": True,
+        "tie_embeddings": True,
+    },
+    # Devlin et al., arXiv 1810.04805
+    "bert": {
+        "architecture": ENCODER,
+        "positions": "learned",
+        "norm": "layer",
+        "norm_eps": 1e-12,
+        "norm_first": False,
+        "embedding_norm": True,
+        "feed_forward": "gelu",
+        "bias": True,
+        "token_types": 2,
+        "tie_embeddings": True,
+    },
+    # An encoder with what decoders have since learned
+    "modern-encoder": {"architecture": ENCODER, "tie_embeddings": True},
+    # Vaswani et al., Attention Is All You Need, arXiv 1706.03762
+    "transformer": {
+        "architecture": ENCODER_DECODER,
+        "positions": "sinusoidal",
+        "norm": "layer",
+        "norm_eps": 1e-5,
+        "norm_first": False,
+        "feed_forward": "relu",
+        "bias": True,
+        "scale_embeddings": True,
+        "tie_embeddings": True,
+    },
+    "modern-transformer": {"architecture": ENCODER_DECODER, "tie_embeddings": True},
+}

@@ -1,95 +1,139 @@
 """The reference decoder: a causal language model.
 
-- pre-norm blocks with RMSNorm and SwiGLU, no biases
-- grouped query heads, rotary positions
+- Llama's blocks (RMSNorm, SwiGLU, no biases, rotary positions) or GPT-2's (LayerNorm, GELU, biases, learned positions)
+- grouped query heads
 - sliding and full layers by a pattern such as "SSSL"
+- packed documents, none of which sees another
 - a loss in chunks, so that no [N, vocab] logits are kept
 - other position scalings and attention patterns over the same weights
 
-Shapes: B sequences, N tokens, C model width, V token ids.
+Shapes: B sequences, N tokens, C model width, V token ids; T tokens of all packed documents.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from longattn.cache import Cache
 from longattn.errors import InvalidInput
-from longattn.models.blocks import Block
-from longattn.models.config import FULL, SLIDING, TransformerConfig
+from longattn.models.config import DECODER, FULL, SLIDING, TransformerConfig
 from longattn.models.losses import chunked_cross_entropy
+from longattn.models.stack import Stack, check_ids, draw_weights
 from longattn.scaling import Scaling
 
 __all__ = ["Decoder"]
 
-_INIT_STD = 0.02  # GPT-2
 
-
-class Decoder(nn.Module):
+class Decoder(Stack):
     """A causal Transformer over token ids.
 
     Args:
         config: its shape. Weights are drawn from torch's default generator.
+
+    Raises:
+        InvalidInput: the config of another architecture.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.config = config
+        if config.architecture != DECODER:
+            raise InvalidInput("architecture", repr(DECODER), repr(config.architecture))
+        super().__init__(config, config.layers, causal=True)
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights: normal, 0.02 wide; narrower by sqrt(2 layers) where a block adds to the residual stream.
-
-        Radford et al., Language Models are Unsupervised Multitask Learners (GPT-2), 2019, section 2.3.
-        """
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=_INIT_STD)
-        for name, weight in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.normal_(weight, std=_INIT_STD / math.sqrt(2 * self.config.layers))
+        """Draw the weights, as `draw_weights` says."""
+        draw_weights(self, self.config)
 
     @property
     def output_weight(self) -> Tensor:
         """The output projection, [V, C]."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        caches: Sequence[Cache] | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        tree: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
         """The logits of each next token.
 
         Args:
-            tokens: int [B, N], ids below V.
+            tokens: int [B, N], ids below V; with cu_seqlens [T].
+            key_mask: bool [B, N], False = padding that no token sees.
+            cu_seqlens: int32 [documents + 1], where each packed document starts and the last ends. Positions start anew
+                in each, and none sees another.
+            caches: one a layer (see `longattn.models.make_caches`): the tokens continue what was read before. When
+                this fails, the layers may have read different numbers of tokens.
+            lengths, sequences, tree: with caches, as in `longattn.attention_with_cache`.
 
         Returns:
-            [B, N, V]. At long N, `loss` does without them.
+            [B, N, V], or [T, V]. At long N, `loss` does without them.
 
         Raises:
-            InvalidInput: tokens of another shape or dtype, or an id out of range.
+            InvalidInput: tokens of another shape or dtype, an id out of range, more tokens than learned positions, or
+                caches of another model.
         """
-        return nn.functional.linear(self.hidden_states(tokens), self.output_weight)
+        hidden = self.hidden_states(
+            tokens,
+            key_mask=key_mask,
+            cu_seqlens=cu_seqlens,
+            caches=caches,
+            lengths=lengths,
+            sequences=sequences,
+            tree=tree,
+        )
+        return nn.functional.linear(hidden, self.output_weight)
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
-        """The normalised output of the last block, [B, N, C]: what the output projection reads."""
-        self._check_ids(tokens)
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        caches: Sequence[Cache] | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        tree: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """The normalised output of the last block, [B, N, C] or [T, C]: what the output projection reads."""
+        check_ids("tokens", tokens, self.config.vocab_size, 2 if cu_seqlens is None else 1)
+        return self.run(
+            self.embedding(tokens),
+            key_mask=key_mask,
+            cu_seqlens=cu_seqlens,
+            caches=caches,
+            lengths=lengths,
+            sequences=sequences,
+            tree=tree,
+        )
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, reduction: str = "mean", chunk: int = 1024) -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        reduction: str = "mean",
+        chunk: int = 1024,
+    ) -> Tensor:
         """The cross-entropy of targets given tokens, in nats, without ever holding the logits of all tokens.
 
         Args:
-            tokens: int [B, N].
-            targets: int64 [B, N], for each token the one to predict; -100 is left out.
-            reduction: "mean" (a scalar), or "none" ([B, N], 0 where left out).
+            tokens: int [B, N]; with cu_seqlens [T].
+            targets: int64 of tokens' shape, for each token the one to predict; -100 is left out.
+            cu_seqlens: as in `forward`.
+            reduction: "mean" (a scalar), or "none" (of tokens' shape, 0 where left out).
             chunk: how many tokens' logits are held at once.
 
         Returns:
@@ -98,8 +142,25 @@ class Decoder(nn.Module):
         Raises:
             InvalidInput: as `forward`; also targets that do not fit.
         """
-        hidden = self.hidden_states(tokens)
+        hidden = self.hidden_states(tokens, cu_seqlens=cu_seqlens)
         return chunked_cross_entropy(hidden, self.output_weight, targets, reduction=reduction, chunk=chunk)
+
+    def attention_weights(self, tokens: Tensor, layer: int, rows: Sequence[int] | Tensor) -> Tensor:
+        """What some tokens of one layer attend to, without the N x N matrix.
+
+        Args:
+            tokens: int [B, N].
+            layer: which, from 0.
+            rows: the tokens wanted, R places; negative ones count from the end.
+
+        Returns:
+            weights [B, Hq, R, N], differentiable.
+
+        Raises:
+            InvalidInput: as `forward`; also a layer or rows that there are not.
+        """
+        check_ids("tokens", tokens, self.config.vocab_size)
+        return self.weights_of(layer, rows, self.embedding(tokens))
 
     def extended(
         self,
@@ -133,17 +194,3 @@ class Decoder(nn.Module):
             decoder = Decoder(replace(self.config, **changes))  # type: ignore[arg-type]
         decoder.load_state_dict(self.state_dict(keep_vars=True), assign=True)
         return decoder.train(self.training)
-
-    def _check_ids(self, tokens: Tensor) -> None:
-        expected = f"an int tensor [B, N] of ids in [0, {self.config.vocab_size})"
-        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
-            raise InvalidInput("tokens", expected, _describe(tokens))
-        if torch.compiler.is_compiling() or not tokens.numel():
-            return
-        low, high = torch.stack(tokens.aminmax()).tolist()
-        if low < 0 or high >= self.config.vocab_size:
-            raise InvalidInput("tokens", expected, f"ids {low}..{high}")
-
-
-def _describe(x: object) -> str:
-    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -8,57 +8,218 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from longattn.errors import InvalidInput
+from longattn.scaling import finite_number
 
-__all__ = ["IGNORED", "chunked_cross_entropy"]
+__all__ = [
+    "IGNORED",
+    "chunked_cross_entropy",
+    "chunked_distillation",
+    "hidden_state_loss",
+    "info_nce",
+    "triplet_loss",
+]
 
 IGNORED = -100  # PyTorch's ignore_index
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean", chunk: int = 1024
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    reduction: str = "mean",
+    chunk: int = 1024,
 ) -> Tensor:
-    """The cross-entropy of hidden @ weight.T, a chunk of tokens at a time, forward and backward.
+    """The cross-entropy of hidden @ weight.T + bias, a chunk of tokens at a time, forward and backward.
 
     The backward computes each chunk's logits again (Chen et al., Sublinear Memory Cost, arXiv 1604.06174).
 
     Args:
-        hidden: [B, N, C], floating.
-        weight: [V, C], the output projection.
-        targets: int64 [B, N], ids below V; -100 is left out.
+        hidden: [..., C], floating; commonly [B, N, C].
+        weight: [V, C], the output projection; bias: [V].
+        targets: int64 [...], ids below V; -100 is left out.
         reduction: "mean" over the targets that count (0 if none do), or "none".
         chunk: how many tokens' logits are held at once, at least 1.
 
     Returns:
-        A scalar, or [B, N] with 0 where left out; in float32 (float64 for float64 inputs).
+        A scalar, or [...] with 0 where left out; in float32 (float64 for float64 inputs).
 
     Raises:
         InvalidInput: shapes that do not fit, or a target out of range.
     """
-    if hidden.dim() != 3 or targets.shape != hidden.shape[:2] or targets.dtype != torch.int64:
+    if not hidden.dim() or targets.shape != hidden.shape[:-1] or targets.dtype != torch.int64:
         got = f"{targets.dtype} of shape {tuple(targets.shape)} beside hidden {tuple(hidden.shape)}"
-        raise InvalidInput("targets", "an int64 tensor [B, N] beside hidden [B, N, C]", got)
+        raise InvalidInput("targets", "an int64 tensor [...] beside hidden [..., C]", got)
     if reduction not in ("mean", "none"):
         raise InvalidInput("reduction", "'mean' or 'none'", repr(reduction))
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise InvalidInput("chunk", "an int >= 1", repr(chunk))
+    _check_chunk(chunk)
     _check_targets(targets, weight.shape[0])
 
     # split, not slices: the gradients of its parts are joined once, in place of one full-length sum a chunk.
-    hidden_chunks = hidden.flatten(0, 1).split(chunk)
+    hidden_chunks = hidden.reshape(-1, hidden.shape[-1]).split(chunk)
     target_chunks = targets.flatten().split(chunk)
     losses = []
     for tokens, wanted in zip(hidden_chunks, target_chunks, strict=True):
-        losses.append(checkpoint(_token_losses, tokens, weight, wanted, use_reentrant=False))
+        losses.append(checkpoint(_token_losses, tokens, weight, bias, wanted, use_reentrant=False))
     token_losses = torch.cat(losses).view(targets.shape)
     if reduction == "none":
         return token_losses
     return token_losses.sum() / (targets != IGNORED).sum().clamp(min=1)
 
 
-def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
+def chunked_distillation(
+    student: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    *,
+    temperature: float = 1.0,
+    counted: Tensor | None = None,
+    chunk: int = 1024,
+) -> Tensor:
+    """How far a student's predictions stand from a teacher's, a chunk of tokens at a time, forward and backward.
+
+        T^2 KL(softmax(teacher logits / T) || softmax(student logits / T))
+
+    The factor keeps the gradients' size whatever the temperature (Hinton et al., Distilling the Knowledge in a Neural
+    Network, arXiv 1503.02531, section 2).
+
+    Args:
+        student: [..., C], hidden states; student_weight: [V, C], its output projection.
+        teacher: [..., C'], without gradient; teacher_weight: [V, C'].
+        temperature: T > 0.
+        counted: bool [...], which tokens count; all by default.
+        chunk: how many tokens' logits are held at once, at least 1.
+
+    Returns:
+        The mean over the tokens that count (0 if none do), a scalar in float32 (float64 for float64 inputs).
+
+    Raises:
+        InvalidInput: shapes that do not fit, or a temperature out of range.
+    """
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise InvalidInput("teacher", f"hidden states {[*student.shape[:-1], '...']}", f"shape {tuple(teacher.shape)}")
+    if student_weight.shape[0] != teacher_weight.shape[0]:
+        got = f"{teacher_weight.shape[0]} beside {student_weight.shape[0]}"
+        raise InvalidInput("teacher_weight", "the student's number of token ids", got)
+    if counted is not None and (counted.shape != student.shape[:-1] or counted.dtype != torch.bool):
+        got = f"{counted.dtype} of shape {tuple(counted.shape)}"
+        raise InvalidInput("counted", f"a bool tensor {list(student.shape[:-1])}", got)
+    finite_number("temperature", temperature, above=0.0)
+    _check_chunk(chunk)
+    losses = [
+        checkpoint(_divergences, *pair, student_weight, teacher_weight, temperature, use_reentrant=False)
+        for pair in zip(
+            student.reshape(-1, student.shape[-1]).split(chunk),
+            teacher.detach().reshape(-1, teacher.shape[-1]).split(chunk),
+            strict=True,
+        )
+    ]
+    token_losses = torch.cat(losses)
+    if counted is None:
+        return token_losses.sum() / max(1, token_losses.numel())
+    return torch.where(counted.flatten(), token_losses, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def hidden_state_loss(student: Tensor, teacher: Tensor, *, counted: Tensor | None = None) -> Tensor:
+    """1 - the cosine between hidden states, the mean over tokens (Sanh et al., DistilBERT, arXiv 1910.01108).
+
+    Args:
+        student: [..., C]; teacher: of its shape, without gradient. A student of another width is projected first.
+        counted: bool [...], which tokens count; all by default.
+
+    Raises:
+        InvalidInput: shapes that do not fit.
+    """
+    if student.shape != teacher.shape:
+        raise InvalidInput("teacher", f"shape {tuple(student.shape)} as student", tuple(teacher.shape))
+    distances = 1.0 - F.cosine_similarity(student, teacher.detach(), dim=-1)
+    if counted is None:
+        return distances.mean()
+    if counted.shape != distances.shape or counted.dtype != torch.bool:
+        got = f"{counted.dtype} of shape {tuple(counted.shape)}"
+        raise InvalidInput("counted", f"a bool tensor {list(distances.shape)}", got)
+    return torch.where(counted, distances, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def info_nce(
+    queries: Tensor, keys: Tensor, *, temperature: float = 0.05, symmetric: bool = False, chunk: int = 1024
+) -> Tensor:
+    """The contrastive loss that picks each query's own key among all keys by cosine similarity.
+
+        -log softmax(cos(q_i, k_j) / temperature)_i   (van den Oord et al., arXiv 1807.03748; in this form Chen et al.,
+        SimCLR, arXiv 2002.05709)
+
+    Args:
+        queries: [B, C]; keys: [K, C], K >= B: key i belongs to query i, further ones are hard negatives.
+        temperature: > 0.
+        symmetric: the mean with the loss that picks each key's query (CLIP, arXiv 2103.00020); needs K = B.
+        chunk: how many queries' similarities are held at once.
+
+    Returns:
+        The mean over the queries, a scalar.
+
+    Raises:
+        InvalidInput: shapes that do not fit, or a temperature out of range.
+    """
+    finite_number("temperature", temperature, above=0.0)
+    if queries.dim() != 2 or keys.dim() != 2 or queries.shape[1] != keys.shape[1] or len(keys) < len(queries):
+        expected = f"[K, C] with K at least as many as queries {tuple(queries.shape)}"
+        raise InvalidInput("keys", expected, tuple(keys.shape))
+    if symmetric and len(keys) != len(queries):
+        raise InvalidInput("keys", f"{len(queries)} keys for the symmetric loss", len(keys))
+    queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
+    own = torch.arange(len(queries), device=queries.device)
+    loss = chunked_cross_entropy(queries / temperature, keys, own, chunk=chunk)
+    if not symmetric:
+        return loss
+    return (loss + chunked_cross_entropy(keys / temperature, queries, own, chunk=chunk)) / 2
+
+
+def triplet_loss(anchors: Tensor, positives: Tensor, negatives: Tensor, *, margin: float = 0.3) -> Tensor:
+    """max(0, d(anchor, positive) - d(anchor, negative) + margin) with d = 1 - cosine, the mean over the triplets.
+
+    Schroff et al., FaceNet (arXiv 1503.03832), with the cosine in place of its squared distance on the unit sphere,
+    of which it is half.
+
+    Args:
+        anchors, positives, negatives: [B, C].
+        margin: how much nearer the positive must be, >= 0.
+
+    Raises:
+        InvalidInput: shapes that do not fit, or a negative margin.
+    """
+    finite_number("margin", margin, at_least=0.0)
+    for name, x in (("positives", positives), ("negatives", negatives)):
+        if x.shape != anchors.shape or x.dim() != 2:
+            raise InvalidInput(name, f"a tensor [B, C] of the shape of anchors {tuple(anchors.shape)}", tuple(x.shape))
+    near = F.cosine_similarity(anchors, positives, dim=-1)
+    far = F.cosine_similarity(anchors, negatives, dim=-1)
+    return F.relu(far - near + margin).mean()
+
+
+def _token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    return F.cross_entropy(_logits(hidden, weight, bias), targets, reduction="none", ignore_index=IGNORED)
+
+
+def _divergences(
+    student: Tensor, teacher: Tensor, student_weight: Tensor, teacher_weight: Tensor, temperature: float
+) -> Tensor:
+    with torch.no_grad():
+        wanted = F.log_softmax(_logits(teacher, teacher_weight) / temperature, -1)
+    found = F.log_softmax(_logits(student, student_weight) / temperature, -1)
+    return temperature**2 * F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    logits = F.linear(hidden, weight, bias)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _check_chunk(chunk: object) -> None:
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise InvalidInput("chunk", "an int >= 1", repr(chunk))
 
 
 def _check_targets(targets: Tensor, vocabulary: int) -> None:

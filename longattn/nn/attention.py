@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longattn.arguments import Positions, Window
+from longattn.cache import Cache, attention_with_cache
 from longattn.errors import InvalidInput
 from longattn.functional import attention, attention_varlen
+from longattn.inspect import attention_rows
 from longattn.nn.checks import check_dropout, check_positive_int, check_structure
 from longattn.rope import Rope
 
@@ -107,8 +110,12 @@ class Attention(nn.Module):
         positions: Positions = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        cache: Cache | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        tree: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
-        """Attend within x, or from x to context.
+        """Attend within x, or from x to context; with a cache, from x to all that came before, x included.
 
         Args:
             x: [B, N, C]; or with cu_seqlens [T, C], the sequences one after another.
@@ -120,6 +127,9 @@ class Attention(nn.Module):
                 queries, for keys).
             cu_seqlens: int32 [batch + 1], where each packed sequence starts and the last ends; max_seqlen: at least the
                 length of the longest. Packed sequences take no context, key_mask or bounds.
+            cache: of this layer's heads: x holds the next tokens, which are appended. Takes no context, key_mask,
+                key_lens, bounds or packed sequences, and no gradient; positions [N] or [B, N].
+            lengths, sequences, tree: as in `longattn.attention_with_cache`.
 
         Returns:
             Of x's shape.
@@ -129,6 +139,13 @@ class Attention(nn.Module):
         """
         if (cu_seqlens is None) != (max_seqlen is None):
             raise InvalidInput("max_seqlen", "an int with cu_seqlens, None without", max_seqlen)
+        if cache is not None:
+            unwanted = {"context": context, "key_mask": key_mask, "key_lens": key_lens, "bounds": bounds}
+            unwanted |= {"cu_seqlens": cu_seqlens}
+            return self._with_cache(x, cache, unwanted, positions, lengths, sequences, tree)
+        for name, value in (("lengths", lengths), ("sequences", sequences), ("tree", tree)):
+            if value is not None:
+                raise InvalidInput(name, "None without a cache", type(value).__name__)
         if cu_seqlens is not None and context is not None:
             raise InvalidInput("context", "None with packed sequences", "a tensor")
         for name, tensor in (("x", x), ("context", x if context is None else context)):
@@ -158,6 +175,89 @@ class Attention(nn.Module):
             out = attention(q, k, v, **call)
             out = out.transpose(1, 2)
         return self.o_proj(out.flatten(-2))
+
+    def _with_cache(
+        self,
+        x: Tensor,
+        cache: Cache,
+        unwanted: dict[str, Any],
+        positions: Positions,
+        lengths: Tensor | Sequence[int] | None,
+        sequences: Sequence[int] | None,
+        tree: Tensor | Sequence[int] | None,
+    ) -> Tensor:
+        for name, value in unwanted.items():
+            if value is not None:
+                raise InvalidInput(name, "None with a cache", type(value).__name__)
+        if self.training and self.dropout:
+            raise InvalidInput("cache", "None while dropout is on (see Module.eval)", type(cache).__name__)
+        if positions is not None and not isinstance(positions, Tensor):
+            raise InvalidInput("positions", "one tensor with a cache", type(positions).__name__)
+        self._check_input("x", x, packed=False)
+        q, k, v = (tensor.transpose(1, 2) for tensor in self._project(x, x))
+        out: Any = attention_with_cache(
+            q,
+            k,
+            v,
+            cache,
+            causal=self.causal,
+            window=self.window,
+            sinks=None if self.window is None else self.sinks,
+            softcap=self.softcap,
+            scale=self.scale,
+            sink_logits=self.sink_logits,
+            rope=self.rope,
+            positions=positions,
+            lengths=lengths,
+            sequences=sequences,
+            tree=tree,
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+    def weights(
+        self,
+        x: Tensor,
+        rows: Sequence[int] | Tensor,
+        *,
+        context: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        key_lens: Tensor | None = None,
+        bounds: tuple[Tensor, Tensor] | None = None,
+        positions: Positions = None,
+    ) -> Tensor:
+        """The attention weights of some tokens, before dropout, in memory linear in the keys; differentiable.
+
+        Args:
+            x: [B, N, C].
+            rows: the tokens of x wanted, R places; negative ones count from the end.
+            context, key_mask, key_lens, bounds, positions: as in `forward`.
+
+        Returns:
+            [B, Hq, R, M], in float32 (float64 for float64 inputs).
+
+        Raises:
+            InvalidInput: an argument breaks the contract.
+        """
+        for name, tensor in (("x", x), ("context", x if context is None else context)):
+            self._check_input(name, tensor, packed=False)
+        q, k, _ = self._project(x, x if context is None else context)
+        return attention_rows(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            rows,
+            causal=self.causal,
+            window=self.window,
+            sinks=self.sinks,
+            align="start" if context is None else "end",
+            key_mask=key_mask,
+            key_lens=key_lens,
+            bounds=bounds,
+            softcap=self.softcap,
+            scale=self.scale,
+            sink_logits=self.sink_logits,
+            rope=self.rope,
+            positions=positions,
+        )
 
     def extra_repr(self) -> str:
         heads = f"{self.num_heads}/{self.num_kv_heads}"

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from longattn.errors import InvalidInput
-from longattn.models import Decoder, TransformerConfig
+from longattn.models import TransformerConfig, build
 
 __all__ = ["Checkpoint", "load_checkpoint", "load_model", "save_checkpoint"]
 
@@ -94,19 +95,23 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def load_model(path: Path) -> Decoder:
+def load_model(path: Path, make: Callable[[TransformerConfig], nn.Module] = build) -> Any:
     """The model of a checkpoint, on the CPU and in eval mode.
 
+    Args:
+        make: what makes the model of the checkpoint's config; by default the one of its architecture. A model with a
+            head is made by, say, lambda config: SequenceClassifier(config, classes=3).
+
     Raises:
-        InvalidInput: as `load_checkpoint`; also weights that are not those of the checkpoint's own config.
+        InvalidInput: as `load_checkpoint`; also weights that are not those of the model.
     """
     checkpoint = load_checkpoint(path)
-    model = Decoder(checkpoint.config)
+    model = make(checkpoint.config)
     load_weights(model, checkpoint)
     return model.eval()
 
 
-def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's weights into a model.
 
     Raises:

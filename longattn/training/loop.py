@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from longattn.errors import InvalidInput
-from longattn.models import Decoder, autocast, matmul_dtype
+from longattn.models import TransformerConfig, autocast, matmul_dtype
 from longattn.scaling import finite_number
 from longattn.training.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 
-__all__ = ["Batches", "TrainingConfig", "TrainingResult", "train"]
+__all__ = ["Batches", "Trainable", "TrainingConfig", "TrainingResult", "train"]
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -29,11 +29,23 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 class Batches(Protocol):
     """Where a training's tokens come from."""
 
-    def batch(self, step: int) -> Tensor:
-        """The tokens of a step, int64 [B, N + 1]: the same whenever it is asked."""
+    def batch(self, step: int) -> Tensor | Mapping[str, Tensor]:
+        """The batch of a step, the same whenever it is asked: the arguments of the model's `loss` by name.
+
+        For causal language modelling it may be the tokens alone, int64 [B, N + 1].
+        """
 
     def describe(self) -> dict[str, Any]:
         """What decides the batches, in plain Python values: a resumed training must have the same."""
+
+
+class Trainable(Protocol):
+    """What a training needs of a model, a torch.nn.Module: its config, and the loss of a batch."""
+
+    config: TransformerConfig
+
+    def loss(self, *arguments: Any, **inputs: Any) -> Tensor:
+        """A scalar; the arguments are the entries of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +131,7 @@ class TrainingResult:
 
 
 def train(
-    model: Decoder,
+    model: Any,
     batches: Batches,
     config: TrainingConfig,
     *,
@@ -128,13 +140,13 @@ def train(
     description: str = "training",
     show_progress: bool = True,
 ) -> TrainingResult:
-    """Train a model to predict each next token.
+    """Train a model on its own loss: a decoder to predict each next token, others as their `loss` says.
 
     Ctrl-C ends the step at hand, saves, and raises KeyboardInterrupt; a second one does not wait.
 
     Args:
-        model: trained in place, on its device.
-        batches: the data.
+        model: a module that is `Trainable`; trained in place, on its device.
+        batches: the data, the arguments of its `loss`.
         config: how.
         checkpoint: where to save, every `save_every` steps, when interrupted, and at the end.
         resume: go on from the checkpoint, which must be of this model, data and config. The losses are those that an
@@ -166,11 +178,11 @@ def train(
     start = time.perf_counter()
     with _interrupt_between_steps() as interrupted, _progress_bar(description, show_progress) as show:
         while (progress := config.progress(step, before + time.perf_counter() - start)) < 1.0:
-            batch = batches.batch(step).to(device)
+            inputs = {name: x.to(device) for name, x in _inputs(batches.batch(step)).items()}
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate_at(step, progress)
             with autocast(device, dtype):
-                loss = model.loss(batch[:, :-1], batch[:, 1:])
+                loss = model.loss(**inputs)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -180,7 +192,7 @@ def train(
             optimizer.step()
 
             step += 1
-            tokens += batch[:, 1:].numel()
+            tokens += inputs["tokens"].numel()
             elapsed = time.perf_counter() - start
             show(config.progress(step, before + elapsed), step, losses[-1], tokens / elapsed)
             if interrupted():
@@ -193,7 +205,11 @@ def train(
     return TrainingResult(losses, step, tokens, time.perf_counter() - start)
 
 
-def _optimizer(model: Decoder, config: TrainingConfig) -> torch.optim.AdamW:
+def _inputs(batch: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {"tokens": batch[:, :-1], "targets": batch[:, 1:]} if isinstance(batch, Tensor) else batch
+
+
+def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -202,7 +218,7 @@ def _optimizer(model: Decoder, config: TrainingConfig) -> torch.optim.AdamW:
 
 
 def _snapshot(
-    model: Decoder, optimizer: torch.optim.AdamW, settings: dict[str, Any], step: int, elapsed: float
+    model: Any, optimizer: torch.optim.AdamW, settings: dict[str, Any], step: int, elapsed: float
 ) -> Checkpoint:
     state = {
         f"{name}.{key}": value
@@ -214,7 +230,7 @@ def _snapshot(
 
 
 def _restore(
-    saved: Checkpoint, model: Decoder, optimizer: torch.optim.AdamW, settings: dict[str, Any]
+    saved: Checkpoint, model: Any, optimizer: torch.optim.AdamW, settings: dict[str, Any]
 ) -> tuple[int, float]:
     """Put a checkpoint's state into model, optimiser and generator; (steps done, seconds used)."""
     for name, ours, theirs in (

@@ -11,7 +11,7 @@ def test_calls_take_turns() -> None:
     order: list[str] = []
     calls = [lambda name=name: order.append(name) for name in "abc"]
     samples = in_turn(calls, make_clock("cpu"), rounds=3, seconds=60.0)
-    assert order == list("abc" * 3)
+    assert order == list("aabbcc" * 3)  # once untimed, then timed
     assert [len(times) for times in samples] == [3, 3, 3]
     assert all(seconds >= 0 for times in samples for seconds in times)
 

@@ -92,7 +92,7 @@ def test_the_worst_case_decides(targets: Any) -> None:
 
 def _invoke(targets: Any, *arguments: str) -> dict[str, str]:
     """The lines by their targets' names, up to a comma."""
-    shown = CliRunner().invoke(targets.main, arguments, catch_exceptions=False, env={"COLUMNS": "200"})
+    shown = CliRunner().invoke(targets.main, arguments, catch_exceptions=False)
     assert shown.exit_code == 0, shown.output
     return {line.strip("| ").split(",")[0]: line for line in shown.output.splitlines()}
 

@@ -175,7 +175,7 @@ def test_broken_folders(tmp_path: Path) -> None:
         (LlamaConfig(**SHAPE, attention_bias=True), "attention_bias"),
         (LlamaConfig(**SHAPE, mlp_bias=True), "mlp_bias"),
         (LlamaConfig(**SHAPE, hidden_act="gelu"), "hidden_act"),
-        (Qwen2Config(**SHAPE), "model_type llama or mistral"),
+        (Qwen2Config(**SHAPE), "model_type llama or mistral or gpt2 or bert"),
     ],
 )
 def test_models_that_our_decoder_is_not(config: PreTrainedConfig, says: str) -> None:
@@ -189,6 +189,9 @@ def test_models_that_our_decoder_is_not(config: PreTrainedConfig, says: str) -> 
         {"pattern": "SL", "window": 4},
         {"pattern": "S", "window": 4, "sinks": 2},
         {"rope_scaling": DynamicNTK(2.0, 8)},
+        {"dropout": 0.1},
+        {"positions": "sinusoidal"},
+        {"positions": "learned"},
     ],
 )
 def test_decoders_that_hugging_face_has_no_model_for(options: dict[str, Any]) -> None:

@@ -9,7 +9,15 @@ import torch
 from torch.nn import functional as F
 
 from longattn import InvalidInput
-from longattn.models import Decoder, TransformerConfig, chunked_cross_entropy
+from longattn.models import (
+    Decoder,
+    TransformerConfig,
+    chunked_cross_entropy,
+    chunked_distillation,
+    hidden_state_loss,
+    info_nce,
+    triplet_loss,
+)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -89,3 +97,74 @@ def test_bad_arguments_are_refused(argument: str, changes: dict[str, Any]) -> No
     }
     with pytest.raises(InvalidInput, match=argument):
         chunked_cross_entropy(**arguments | changes)
+
+
+def test_a_bias_and_any_leading_shape() -> None:
+    hidden, weight, bias = (torch.randn(*shape).double().requires_grad_() for shape in ((6, 4), (9, 4), (9,)))
+    targets = torch.tensor([0, 8, -100, 3, 3, 1])
+    ours = chunked_cross_entropy(hidden, weight, targets, bias=bias, chunk=4)
+    plain = F.cross_entropy(F.linear(hidden, weight, bias), targets)
+    torch.testing.assert_close(ours, plain, rtol=1e-13, atol=1e-13)
+    inputs = (hidden, weight, bias)
+    for grad, wanted in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(plain, inputs), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_distillation_is_the_divergence_of_the_logits(chunk: int) -> None:
+    student, teacher = torch.randn(2, 5, 4).double().requires_grad_(), torch.randn(2, 5, 7).double()
+    weight, theirs = torch.randn(11, 4).double().requires_grad_(), torch.randn(11, 7).double()
+    counted = torch.rand(2, 5) < 0.7
+    ours = chunked_distillation(student, weight, teacher, theirs, temperature=2.0, counted=counted, chunk=chunk)
+    wanted = F.softmax(teacher @ theirs.T / 2, -1)
+    found = F.log_softmax(student @ weight.T / 2, -1)
+    plain = 4 * (wanted * (wanted.log() - found)).sum(-1)[counted].mean()
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
+    inputs = (student, weight)
+    for grad, expected in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(plain, inputs), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-13)
+    assert chunked_distillation(student, weight, student, weight).item() == pytest.approx(0, abs=1e-14)
+
+
+def test_hidden_states_are_compared_by_direction() -> None:
+    x = torch.randn(2, 5, 4)
+    counted = torch.tensor([[True, True, False, False, False]] * 2)
+    assert hidden_state_loss(x, 3 * x).item() == pytest.approx(0, abs=1e-6)
+    assert hidden_state_loss(x, torch.where(counted[..., None], -x, x), counted=counted).item() == pytest.approx(2)
+
+
+def test_info_nce_is_cross_entropy_of_cosines() -> None:
+    queries, keys = torch.randn(4, 6).double(), torch.randn(7, 6).double()
+    cosines = F.cosine_similarity(queries[:, None], keys[None], dim=-1)
+    wanted = F.cross_entropy(cosines / 0.1, torch.arange(4))
+    torch.testing.assert_close(info_nce(queries, keys, temperature=0.1, chunk=3), wanted)
+    square, own = cosines[:, :4] / 0.1, torch.arange(4)
+    both = (F.cross_entropy(square, own) + F.cross_entropy(square.T, own)) / 2
+    torch.testing.assert_close(info_nce(queries, keys[:4], temperature=0.1, symmetric=True), both)
+
+
+def test_triplets_count_until_the_margin_is_met() -> None:
+    anchor, near, far = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert triplet_loss(anchor, near, far, margin=0.3).item() == 0
+    assert triplet_loss(anchor, far, near, margin=0.3).item() == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("teacher", lambda x: chunked_distillation(x[None], x, x, x)),
+        ("teacher_weight", lambda x: chunked_distillation(x, x, x, x[:2])),
+        ("temperature", lambda x: chunked_distillation(x, x, x, x, temperature=0.0)),
+        ("counted", lambda x: chunked_distillation(x, x, x, x, counted=torch.ones(4, dtype=torch.bool))),
+        ("teacher", lambda x: hidden_state_loss(x, x[:, :2])),
+        ("keys", lambda x: info_nce(x, x[:2])),
+        ("keys", lambda x: info_nce(x[:2], x, symmetric=True)),
+        ("temperature", lambda x: info_nce(x, x, temperature=-1.0)),
+        ("negatives", lambda x: triplet_loss(x, x, x[:2])),
+        ("margin", lambda x: triplet_loss(x, x, x, margin=-1.0)),
+    ],
+)
+def test_bad_arguments_of_other_losses(argument: str, call: Any) -> None:
+    with pytest.raises(InvalidInput) as error:
+        call(torch.randn(3, 4))
+    assert error.value.argument == argument

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from longattn import InvalidInput
-from longattn.models import TransformerConfig
+from longattn.models import STYLES, TransformerConfig
 from longattn.scaling import LongRoPE, YaRN
 
 SMALL: dict[str, Any] = {"dim": 64, "layers": 4, "heads": 4, "max_length": 128}
@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {"dim": 64, "layers": 4, "heads": 4, "max_length": 128}
 def test_defaults_follow_from_the_width() -> None:
     config = TransformerConfig(**SMALL)
     assert (config.kv_heads, config.head_dim, config.hidden) == (4, 16, 192)
-    assert config.rope.dim == 16
+    assert config.rope is not None and config.rope.dim == 16
     assert TransformerConfig(dim=128, layers=1, heads=2, max_length=8).hidden == 384
 
 
@@ -29,6 +29,8 @@ def test_defaults_follow_from_the_width() -> None:
         {"pattern": "SSSL", "window": 32, "sinks": 4, "tie_embeddings": True},
         {"rope_scaling": YaRN(8, 128), "rope_base": 5e5, "kv_heads": 2, "head_dim": 32},
         {"rope_scaling": LongRoPE(4, 128, (1.0,) * 8, (2.0,) * 8)},
+        STYLES["bert"],
+        STYLES["transformer"],
     ],
 )
 def test_survives_json(changes: dict[str, Any]) -> None:
@@ -62,6 +64,20 @@ def test_survives_json(changes: dict[str, Any]) -> None:
         ("short_factor", {"rope_scaling": LongRoPE(4, 64, (1.0,) * 3, (2.0,) * 3)}),
         ("norm_eps", {"norm_eps": 0.0}),
         ("tie_embeddings", {"tie_embeddings": 1}),
+        ("architecture", {"architecture": "rnn"}),
+        ("positions", {"positions": "none"}),
+        ("norm", {"norm": "batch"}),
+        ("feed_forward", {"feed_forward": "tanh"}),
+        ("norm_first", {"norm_first": None}),
+        ("encoder_layers", {"encoder_layers": 2}),
+        ("encoder_layers", {"architecture": "encoder-decoder", "encoder_layers": 0}),
+        ("token_types", {"token_types": 2}),
+        ("token_types", {"architecture": "encoder", "token_types": -1}),
+        ("rope_scaling", {"positions": "learned", "rope_scaling": YaRN(2, 64)}),
+        ("rope_base", {"positions": "sinusoidal", "rope_base": 5e5}),
+        ("dim", {"positions": "sinusoidal", "dim": 63, "head_dim": 16}),
+        ("dropout", {"dropout": 1.0}),
+        ("attention_dropout", {"attention_dropout": -0.1}),
     ],
 )
 def test_contradictions_name_the_argument(argument: str, changes: dict[str, Any]) -> None:

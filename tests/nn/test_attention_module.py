@@ -277,3 +277,37 @@ def test_bad_inputs(argument: str, change: dict[str, Any]) -> None:
 
 def test_the_package_finds_its_modules() -> None:
     assert longattn.nn.Attention is Attention
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 4, "sinks": 1, "rope": Rope(6)}, {"rope": Rope(4), "qk_norm": True, "sink_logits": True}],
+    ids=["plain", "window", "norm"],
+)
+def test_with_a_cache_it_continues(options: dict[str, Any]) -> None:
+    module, x = make(**options).eval(), tokens()
+    caches = [longattn.KVCache(BATCH, KV_HEADS, 6, dtype=torch.float64)]
+    if "window" in options:
+        caches.append(longattn.SlidingKVCache(BATCH, KV_HEADS, 6, window=4, sinks=1, dtype=torch.float64))
+    with torch.no_grad():
+        full = module(x)
+        for cache in caches:
+            parts = [module(x[:, at : at + n], cache=cache) for at, n in ((0, 5), (5, 1), (6, 3))]
+            torch.testing.assert_close(torch.cat(parts, 1), full)
+
+
+def test_a_cache_takes_no_other_mask_and_no_dropout() -> None:
+    module, x = make(dropout=0.5), tokens()
+    cache = longattn.KVCache(BATCH, KV_HEADS, 6, dtype=torch.float64)
+    with torch.no_grad():
+        with pytest.raises(InvalidInput, match="cache"):
+            module(x, cache=cache)
+        module.eval()
+        for name, value in (("context", x), ("key_lens", torch.tensor([1, 2])), ("positions", (x, x))):
+            with pytest.raises(InvalidInput, match=name):
+                module(x, cache=cache, **{name: value})
+        with pytest.raises(InvalidInput, match="lengths"):
+            module(x, lengths=[1, 2])
+    with pytest.raises(InvalidInput, match="gradient"):
+        module(x, cache=cache)
+    assert cache.lengths == (0, 0)

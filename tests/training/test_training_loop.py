@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,15 @@ def test_ctrl_c_works_as_before_after_a_training(batches: RandomWindows) -> None
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Python's own handler: where a shell started the tests in the background, they ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_a_second_ctrl_c_does_not_wait(batches: RandomWindows) -> None:
     class Twice(Interrupted):
         def batch(self, step: int) -> Tensor:

@@ -65,28 +65,22 @@ inline void tile_block(int64_t depth, const uint32_t* a, int64_t lda, const uint
   if (kRows > 1 && kColumns > 1) _tile_stored(3, c + kTile * ldc + kTile, ldc * 4);
 }
 
-template <int kColumns>
-inline void tile_column(int64_t rows, int64_t depth, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
-                        float* c, int64_t ldc, bool add) {
-  int64_t m = 0;
-  for (; m + kTile < rows; m += 2 * kTile)
-    tile_block<2, kColumns>(depth, a + m * lda, lda, b, ldb, c + m * ldc, ldc, add);
-  if (m < rows) tile_block<1, kColumns>(depth, a + m * lda, lda, b, ldb, c + m * ldc, ldc, add);
+template <int kRows>
+inline void tile_row(int64_t columns, int64_t depth, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
+                     float* c, int64_t ldc, bool add) {
+  int64_t n = 0;
+  for (; n + kTile < columns; n += 2 * kTile) tile_block<kRows, 2>(depth, a, lda, b + n, ldb, c + n, ldc, add);
+  if (n < columns) tile_block<kRows, 1>(depth, a, lda, b + n, ldb, c + n, ldc, add);
 }
 
-// C = start + A B for bfloat16 pairs, `columns` and `depth` multiples of 16. Rows go up to a multiple of 16: those of a
-// are read, and those of c written, past the last.
+// C = A B, or C += A B, for bfloat16 pairs, `columns` and `depth` multiples of 16. Rows go up to a multiple of 16:
+// those of a are read, and those of c written, past the last.
 inline void pair_product(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda,
-                         const uint32_t* b, int64_t ldb, float* c, int64_t ldc, Start<float> start) {
-  constexpr int W = kWidth<float>;
-  if (start.factor)
-    for (int64_t m = 0; m < rows; ++m)
-      for (int64_t n = 0; n < columns; n += W)
-        store<float>(c + m * ldc + n, load<float>(c + m * ldc + n) * load<float>(start.factor + n));
+                         const uint32_t* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   finish_stores();
-  int64_t n = 0;
-  for (; n + kTile < columns; n += 2 * kTile) tile_column<2>(rows, depth, a, lda, b + n, ldb, c + n, ldc, start.itself);
-  if (n < columns) tile_column<1>(rows, depth, a, lda, b + n, ldb, c + n, ldc, start.itself);
+  int64_t m = 0;
+  for (; m + kTile < rows; m += 2 * kTile) tile_row<2>(columns, depth, a + m * lda, lda, b, ldb, c + m * ldc, ldc, add);
+  if (m < rows) tile_row<1>(columns, depth, a + m * lda, lda, b, ldb, c + m * ldc, ldc, add);
 }
 
 #else

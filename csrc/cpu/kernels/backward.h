@@ -251,7 +251,7 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
     }
     if (p.dq.data) {
       Operands::across_times_weights(p.head_dim, kPanelRows, keys, keys_across, skip, dscores_right, scratch.dqueries,
-                                     {false, nullptr});
+                                     false);
       transpose<T>(scratch.dqueries, kPanelRows, key_width, kPanelRows, scratch.dquery_rows, key_width);
     }
     if (p.dq.data || p.dslope_rows) {

@@ -1,10 +1,11 @@
-// Forward: for each panel of queries, over blocks of keys,
+// Forward: for each panel of queries, over blocks of keys, a step of a few keys at a time,
 //
-//   S = K Q^T                         [keys, 64]: queries in lanes, so that maxima and sums run down columns
-//   m' = max(m, rowmax S)             P = exp2(c S - c m')
-//   l' = l exp2(c m - c m') + sum P   O' = O exp2(c m - c m') + V^T P    [Dv, 64]
+//   S = K Q^T                       [keys, 64]: queries in lanes, so that sums run down columns
+//   P = exp2(c S - r)               l += sum P
 //
-// with c = scale log2(e) (scores.h). At the end out = O / l and lse = (c m + log2 l) ln 2; a learned sink adds to l
+// and after each block O += V^T P, [Dv, 64], with c = scale log2(e) (scores.h). The reference r of a row is c times the
+// largest score that it had seen when r was last moved; it moves when weights outgrow it by kLimit, which they seldom
+// do, and then l and O are rescaled. At the end out = O / l and lse = (r + log2 l) ln 2; a learned sink adds to l
 // alone.
 #pragma once
 
@@ -20,17 +21,17 @@ namespace {
 constexpr double kLn2 = 0.6931471805599453094;
 
 template <class T>
-struct PanelState {                   // of the online softmax; lanes
-  alignas(64) T largest[kPanelRows];  // m
-  alignas(64) T total[kPanelRows];    // l
-  alignas(64) T decay[kPanelRows];    // exp2(c m - c m')
+struct PanelState {                     // of the online softmax; lanes
+  alignas(64) T reference[kPanelRows];  // r; -inf before the first visible key
+  alignas(64) T total[kPanelRows];      // l
+  alignas(64) T step[kPanelRows];       // sum P of the latest step
 };
 
 template <class Operands>
 struct ForwardScratch {
   using T = typename Operands::Sum;
   using Operand = typename Operands::Operand;
-  Operand *queries, *keys, *values, *values_across, *weights;
+  Operand *queries, *queries_of_sinks, *keys, *values, *values_across, *weights;
   T *rows, *staging, *scores, *sums, *keep;
   PanelState<T>* states;
   Panel* panels;
@@ -39,7 +40,8 @@ struct ForwardScratch {
   ForwardScratch(const AttentionParams& p, int64_t count, char* base) {
     Arena arena{base};
     queries = arena.take<Operand>(count * Operands::panel_size(p.head_dim));  // Q^T, right, of each panel
-    sums = arena.take<T>(count * kPanelRows * row_width(p.v_head_dim));       // O^T [Dv][64] of each panel
+    queries_of_sinks = p.frame > 0 ? arena.take<Operand>(count * Operands::panel_size(p.head_dim)) : queries;
+    sums = arena.take<T>(count * kPanelRows * row_width(p.v_head_dim));  // O^T [Dv][64] of each panel
     states = arena.take<PanelState<T>>(count);
     panels = arena.take<Panel>(count);
     rows = arena.take<T>(kPanelRows * larger(row_width(p.head_dim), row_width(p.v_head_dim)));
@@ -47,35 +49,60 @@ struct ForwardScratch {
     keys = arena.take<Operand>(Operands::left_size(p.head_dim));
     values = arena.take<Operand>(Operands::left_size(p.v_head_dim));
     values_across = arena.take<Operand>(Operands::across_size(p.v_head_dim));
-    scores = arena.take<T>(kKeyRows * kPanelRows);         // S [keys][64]
-    weights = arena.take<Operand>(kKeyRows * kPanelRows);  // P, right
+    scores = arena.take<T>(Operands::kScoreRows * kPanelRows);  // S [keys][64]
+    weights = arena.take<Operand>(kKeyRows * kPanelRows);       // P, right
     keep = p.dropout_p > 0 ? arena.take<T>(kKeyRows * kPanelRows) : nullptr;
     bytes = arena.used;
   }
 };
 
-// One step of the online softmax over `keys` scores: they become weights, as right operand; the state moves on. `keep`,
-// if not nullptr, multiplies the weights, not their sum.
-template <class Operands, class T = typename Operands::Sum>
-inline void softmax_step(int64_t keys, int64_t lanes, T exponent, const T* scores, const T* keep,
-                         typename Operands::Operand* weights, PanelState<T>* state) {
+constexpr float kLimit = 65536;  // of the sum of a step's weights
+
+// Whether every row has a reference.
+template <class T>
+inline bool has_references(int64_t lanes, const PanelState<T>& state) {
+  IntVec<T> missing{};
+  for (int64_t n = 0; n < lanes; n += kWidth<T>) missing |= load<T>(state.reference + n) == splat<T>(-kInfinity);
+  return !any<T>(missing);
+}
+
+// Where a row has no reference or its weights outgrow it, moves it up to the largest of `keys` scores; what was summed
+// decays. A row's result depends on no other row.
+template <class T>
+inline void move_references(int64_t keys, int64_t lanes, T exponent, const T* scores, PanelState<T>* state,
+                            int64_t columns, T* sums) {
   constexpr int W = kWidth<T>;
   const Vec<T> unseen = splat<T>(-kInfinity);
   for (int64_t n = 0; n < lanes; n += W) {
+    Vec<T> largest = unseen;
+    for (int64_t j = 0; j < keys; ++j) largest = maximum<T>(load<T>(scores + j * kPanelRows + n), largest);
+    const Vec<T> before = load<T>(state->reference + n);
+    const IntVec<T> moves = (before == unseen) | ~(load<T>(state->step + n) <= splat<T>(T(kLimit)));
+    const Vec<T> after = moves ? maximum<T>(largest * exponent, before) : before;
+    const Vec<T> decay = exp2<T, kFullTerms<T>>(after == unseen ? Vec<T>{} : before - after);  // -inf - -inf is NaN
+    store<T>(state->reference + n, after);
+    store<T>(state->total + n, load<T>(state->total + n) * decay);
+    for (int64_t c = 0; c < columns; ++c) {
+      T* sum = sums + c * kPanelRows + n;
+      store<T>(sum, load<T>(sum) * decay);
+    }
+  }
+}
+
+// Scores of `keys` keys become weights, as right operand. False if those of some row outgrow its reference. `keep`, if
+// not nullptr, multiplies the weights, not their sum.
+template <class Operands, class T = typename Operands::Sum>
+inline bool weigh(int64_t keys, int64_t lanes, T exponent, const T* scores, const T* keep,
+                  typename Operands::Operand* weights, PanelState<T>* state) {
+  constexpr int W = kWidth<T>;
+  IntVec<T> outgrown{};
+  for (int64_t n = 0; n < lanes; n += W) {
     const T* column = scores + n;
-    const Vec<T> before = load<T>(state->largest + n);
-    Vec<T> largest = before, other = before;
+    const Vec<T> found = load<T>(state->reference + n);
+    const Vec<T> reference = found == splat<T>(-kInfinity) ? Vec<T>{} : found;  // -inf - -inf would be NaN
+    Vec<T> sum{}, other_sum{};
     int64_t j = 0;
     for (; j + 2 <= keys; j += 2) {
-      largest = maximum<T>(load<T>(column + j * kPanelRows), largest);
-      other = maximum<T>(load<T>(column + (j + 1) * kPanelRows), other);
-    }
-    if (j < keys) largest = maximum<T>(load<T>(column + j * kPanelRows), largest);
-    largest = maximum<T>(largest, other);
-    const Vec<T> reference = largest == unseen ? Vec<T>{} : largest * exponent;  // -inf - -inf would be NaN
-    const Vec<T> decay = exp2<T, Operands::kExpTerms>(before * exponent - reference);
-    Vec<T> sum{}, other_sum{};
-    for (j = 0; j + 2 <= keys; j += 2) {
       Vec<T> a = exp2<T, Operands::kExpTerms>(load<T>(column + j * kPanelRows) * exponent - reference);
       Vec<T> b = exp2<T, Operands::kExpTerms>(load<T>(column + (j + 1) * kPanelRows) * exponent - reference);
       sum += a;
@@ -92,11 +119,12 @@ inline void softmax_step(int64_t keys, int64_t lanes, T exponent, const T* score
       if (keep) a *= load<T>(keep + j * kPanelRows + n);
       Operands::store_right(weights, j, n, a, Vec<T>{});
     }
-    store<T>(state->largest + n, largest);
-    store<T>(state->decay + n, decay);
-    store<T>(state->total + n, load<T>(state->total + n) * decay + (sum + other_sum));
+    sum += other_sum;
+    outgrown |= ~(sum <= splat<T>(T(kLimit)));
+    store<T>(state->step + n, sum);
   }
   Operands::pad_right(weights, keys);
+  return !any<T>(outgrown);
 }
 
 // Writes a row of out and lse, given those of its keys alone: a learned sink takes its share here.
@@ -115,17 +143,16 @@ inline void finish_row(const Panel& panel, int64_t r, double lse, T* values) {
   *at<T>(p.lse, row_index(panel, row)) = static_cast<T>(lse);
 }
 
-// out = O / l and lse = (c m + log2 l) ln 2 of the keys seen; rows that saw none give 0 and -inf.
+// out = O / l and lse = (r + log2 l) ln 2 of the keys seen; rows that saw none give 0 and -inf.
 template <class T>
-inline void finish_panel(const Panel& panel, T exponent, const PanelState<T>& state, const T* sums, T* rows,
-                         T* partial) {
+inline void finish_panel(const Panel& panel, const PanelState<T>& state, const T* sums, T* rows, T* partial) {
   const AttentionParams& p = *panel.params;
   const int64_t width = row_width(p.v_head_dim);
   transpose<T>(sums, kPanelRows, width, panel_lanes(panel), rows, width);
   for (int64_t r = 0; r < panel.rows; ++r) {
     const double total = state.total[r];
     const T inverse = total == 0 ? T(0) : static_cast<T>(1 / total);
-    const double lse = total == 0 ? -kInfinity : static_cast<double>(state.largest[r]) * exponent * kLn2 + ::log(total);
+    const double lse = total == 0 ? -kInfinity : static_cast<double>(state.reference[r]) * kLn2 + ::log(total);
     T* values = rows + r * width;
     for (int64_t c = 0; c < p.v_head_dim; ++c) values[c] *= inverse;
     if (partial) {
@@ -178,6 +205,56 @@ inline PanelRange union_range(const Panel* panels, int64_t count) {
   return all;
 }
 
+// Keys [from, to) of the block that starts at key `first`, for panel n.
+template <class Operands>
+inline void forward_block(const ForwardScratch<Operands>& scratch, int64_t n, const typename Operands::Operand* queries,
+                          const typename Operands::Operand* values, int64_t first, int64_t from, int64_t to) {
+  using T = typename Operands::Sum;
+  const Panel& panel = scratch.panels[n];
+  const AttentionParams& p = *panel.params;
+  const T exponent = static_cast<T>(score_scale(p).exponent);
+  const int64_t lanes = panel_lanes(panel);
+  auto* block_weights = Operands::weights(scratch.scores, scratch.weights);
+  T* sums = scratch.sums + n * kPanelRows * row_width(p.v_head_dim);
+  PanelState<T>* state = scratch.states + n;
+
+  int64_t summed = from;  // keys that the sums have taken
+  const auto sum_up = [&](int64_t until) {
+    if (summed < until)
+      Operands::across_times_weights(p.v_head_dim, lanes, until - summed, values, summed - first,
+                                     block_weights + (summed - from) * kPanelRows, sums, true);
+    summed = until;
+  };
+  for (int64_t key = from; key < to; key += Operands::kStep) {
+    const int64_t keys = smaller(Operands::kStep, to - key);
+    T* scores = Operands::step_scores(scratch.scores, key - from);
+    auto* weights = block_weights + (key - from) * kPanelRows;
+    const auto score = [&] {
+      Operands::left_times_panel(keys, lanes, p.head_dim, scratch.keys, key - first, queries, scores);
+      if (adjusts(p)) adjust<T>(panel, key, keys, scores, nullptr);
+      hide<T>(panel, key, keys, scores);
+    };
+    score();
+    if (scratch.keep) dropout_multipliers<T>(panel, key, keys, scratch.keep);
+    const auto move = [&] {
+      sum_up(key);
+      move_references<T>(keys, lanes, exponent, scores, state, p.v_head_dim, sums);
+    };
+    const auto weigh_step = [&] {
+      return weigh<Operands>(keys, lanes, exponent, scores, scratch.keep, weights, state);
+    };
+    if (!has_references(lanes, *state)) move();
+    if (!weigh_step()) {
+      score();  // weights may have taken the place of scores
+      move();
+      weigh_step();
+    }
+    for (int64_t n = 0; n < lanes; n += kWidth<T>)
+      store<T>(state->total + n, load<T>(state->total + n) + load<T>(state->step + n));
+  }
+  sum_up(to);
+}
+
 template <class Operands>
 void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory) {
   using T = typename Operands::Sum;
@@ -186,21 +263,25 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
   const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
   const ForwardScratch<Operands> scratch(p, panels, memory);
   [[maybe_unused]] const typename Operands::Registers registers;
-  const ScoreScale scale = score_scale(p);
-  const T exponent = static_cast<T>(scale.exponent);
+  const T factor = static_cast<T>(score_scale(p).query);
   const int64_t query_stride = Operands::panel_size(p.head_dim), sum_stride = kPanelRows * row_width(p.v_head_dim);
 
   for (int64_t n = 0; n < panels; ++n) {
     scratch.panels[n] = make_panel(p, tile.sequence, tile.kv_head, group, first_row + n * kPanelRows,
                                    smaller(kPanelRows, rows - n * kPanelRows));
     restrict(tile.first_key, tile.last_key, &scratch.panels[n].range);
-    load_panel<T>(scratch.panels[n], p.q, p.head_dim, row_width(p.head_dim), static_cast<T>(scale.query), p.rotated > 0,
-                  scratch.rows);
+    load_panel<T>(scratch.panels[n], p.q, p.head_dim, row_width(p.head_dim), factor, p.rotated > 0, scratch.rows);
     Operands::right_of_transposed_rows(scratch.rows, p.head_dim, scratch.queries + n * query_stride, scratch.staging);
+    if (p.frame > 0) {
+      load_panel<T>(scratch.panels[n], p.q, p.head_dim, row_width(p.head_dim), factor, p.rotated > 0, scratch.rows,
+                    true);
+      Operands::right_of_transposed_rows(scratch.rows, p.head_dim, scratch.queries_of_sinks + n * query_stride,
+                                         scratch.staging);
+    }
     std::memset(scratch.sums + n * sum_stride, 0, sum_stride * sizeof(T));
     for (int64_t r = 0; r < kPanelRows; ++r) {
-      scratch.states[n].largest[r] = T(-kInfinity);
-      scratch.states[n].total[r] = T(0);
+      scratch.states[n].reference[r] = T(-kInfinity);
+      scratch.states[n].total[r] = scratch.states[n].step[r] = T(0);
     }
   }
 
@@ -208,9 +289,10 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
   for (int segment = 0; segment < 2; ++segment) {
     const bool sinks = segment == 0;
     const int64_t start = sinks ? all.sinks_start : all.start, stop = sinks ? all.sinks_stop : all.stop;
+    const auto* queries = sinks ? scratch.queries_of_sinks : scratch.queries;
     for (int64_t first = start; first < stop; first += kKeyBlock) {
       const int64_t last = smaller(first + kKeyBlock, stop);
-      Operands::load_left(p, tile.sequence, tile.kv_head, p.k, first, last - first, p.head_dim, p.rotated > 0,
+      Operands::load_left(p, tile.sequence, tile.kv_head, p.k, first, last - first, p.head_dim, turns_keys(p),
                           scratch.keys, scratch.staging);
       Operands::load_left(p, tile.sequence, tile.kv_head, p.v, first, last - first, p.v_head_dim, false, scratch.values,
                           scratch.staging);
@@ -219,23 +301,13 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
         const PanelRange& range = scratch.panels[n].range;
         const int64_t from = larger(first, sinks ? range.sinks_start : range.start);
         const int64_t to = smaller(last, sinks ? range.sinks_stop : range.stop);
-        if (from >= to) continue;
-        const int64_t keys = to - from, skip = from - first, lanes = panel_lanes(scratch.panels[n]);
-        auto* weights = Operands::weights(scratch.scores, scratch.weights);
-        Operands::left_times_panel(keys, lanes, p.head_dim, scratch.keys, skip, scratch.queries + n * query_stride,
-                                   scratch.scores);
-        if (adjusts(p)) adjust<T>(scratch.panels[n], from, keys, scratch.scores, nullptr);
-        hide<T>(scratch.panels[n], from, keys, scratch.scores);
-        if (scratch.keep) dropout_multipliers<T>(scratch.panels[n], from, keys, scratch.keep);
-        softmax_step<Operands>(keys, lanes, exponent, scratch.scores, scratch.keep, weights, &scratch.states[n]);
-        Operands::across_times_weights(p.v_head_dim, lanes, keys, values, skip, weights, scratch.sums + n * sum_stride,
-                                       {true, scratch.states[n].decay});
+        if (from < to) forward_block<Operands>(scratch, n, queries + n * query_stride, values, first, from, to);
       }
     }
   }
   T* partial = reinterpret_cast<T*>(tile.partial);
   for (int64_t n = 0; n < panels; ++n)
-    finish_panel<T>(scratch.panels[n], exponent, scratch.states[n], scratch.sums + n * sum_stride, scratch.rows,
+    finish_panel<T>(scratch.panels[n], scratch.states[n], scratch.sums + n * sum_stride, scratch.rows,
                     partial ? partial + n * kPanelRows * (p.v_head_dim + 1) : nullptr);
 }
 

@@ -1,7 +1,7 @@
-// Register-tiled products of small tiles: C[m][n] = start + sum_k A(m, k) B[k][n]. One unit of a row of A is broadcast
-// against vectors of B; kRegisterRows rows by kRegisterColumns vectors of C stay in registers. A unit is a number, or a
-// pair of bfloat16 numbers for the instructions that multiply pairs and add both products: then k counts pairs, and
-// B[k][n] holds a pair too.
+// Register-tiled products of small tiles: C[m][n] = sum_k A(m, k) B[k][n], added to what C holds if `add`. One unit of
+// a row of A is broadcast against vectors of B; kRegisterRows rows by kRegisterColumns vectors of C stay in registers.
+// A unit is a number, or a pair of bfloat16 numbers for the instructions that multiply pairs and add both products:
+// then k counts pairs, and B[k][n] holds a pair too.
 #pragma once
 
 #include "cpu/kernels/simd.h"
@@ -42,17 +42,10 @@ constexpr int kRegisterRows = 5;  // GCC loads the units of all rows before it m
 constexpr int kRegisterRows = 6;
 #endif
 
-// What C holds before the sum: nothing, itself, or itself times a factor per column.
-template <class T>
-struct Start {
-  bool itself;
-  const T* factor;  // [n], may be nullptr
-};
-
 template <class Dot, Order order, int Rows, int Columns>
 inline void tile_product(int64_t depth, const typename Dot::Unit* __restrict a, int64_t lda,
                          const typename Dot::Unit* __restrict b, int64_t ldb, typename Dot::Sum* __restrict c,
-                         int64_t ldc, Start<typename Dot::Sum> start) {
+                         int64_t ldc, bool add) {
   using T = typename Dot::Sum;
   constexpr int W = kWidth<T>;
   Vec<T> sum[Rows][Columns];
@@ -61,8 +54,7 @@ inline void tile_product(int64_t depth, const typename Dot::Unit* __restrict a, 
 #pragma GCC unroll 8
     for (int n = 0; n < Columns; ++n) {
       sum[m][n] = Vec<T>{};
-      if (start.itself) sum[m][n] = load<T>(c + m * ldc + n * W);
-      if (start.factor) sum[m][n] = sum[m][n] * load<T>(start.factor + n * W);
+      if (add) sum[m][n] = load<T>(c + m * ldc + n * W);
     }
   for (int64_t k = 0; k < depth; ++k) {
     typename Dot::UnitVec row[Columns];
@@ -82,44 +74,41 @@ inline void tile_product(int64_t depth, const typename Dot::Unit* __restrict a, 
 
 template <class Dot, Order order, int Columns>
 inline void column_product(int64_t rows, int64_t depth, const typename Dot::Unit* a, int64_t lda,
-                           const typename Dot::Unit* b, int64_t ldb, typename Dot::Sum* c, int64_t ldc,
-                           Start<typename Dot::Sum> start) {
+                           const typename Dot::Unit* b, int64_t ldb, typename Dot::Sum* c, int64_t ldc, bool add) {
   const int64_t step = order == Order::kRowMajor ? lda : 1;
   int64_t m = 0;
   for (; m + kRegisterRows <= rows; m += kRegisterRows)
-    tile_product<Dot, order, kRegisterRows, Columns>(depth, a + m * step, lda, b, ldb, c + m * ldc, ldc, start);
+    tile_product<Dot, order, kRegisterRows, Columns>(depth, a + m * step, lda, b, ldb, c + m * ldc, ldc, add);
   const typename Dot::Unit* tail = a + m * step;
   switch (rows - m) {
     case 5:
-      return tile_product<Dot, order, 5, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
+      return tile_product<Dot, order, 5, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, add);
     case 4:
-      return tile_product<Dot, order, 4, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
+      return tile_product<Dot, order, 4, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, add);
     case 3:
-      return tile_product<Dot, order, 3, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
+      return tile_product<Dot, order, 3, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, add);
     case 2:
-      return tile_product<Dot, order, 2, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
+      return tile_product<Dot, order, 2, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, add);
     case 1:
-      return tile_product<Dot, order, 1, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, start);
+      return tile_product<Dot, order, 1, Columns>(depth, tail, lda, b, ldb, c + m * ldc, ldc, add);
   }
 }
 
 // rows x columns, `columns` a multiple of the vector width; strides of a and b in units.
 template <class Dot, Order order>
 void product(int64_t rows, int64_t columns, int64_t depth, const typename Dot::Unit* a, int64_t lda,
-             const typename Dot::Unit* b, int64_t ldb, typename Dot::Sum* c, int64_t ldc,
-             Start<typename Dot::Sum> start) {
+             const typename Dot::Unit* b, int64_t ldb, typename Dot::Sum* c, int64_t ldc, bool add) {
   constexpr int W = kWidth<typename Dot::Sum>;
   for (int64_t n = 0; n < columns;) {
-    const Start<typename Dot::Sum> here{start.itself, start.factor ? start.factor + n : nullptr};
     const int64_t vectors = (columns - n) / W;
     if (kRegisterColumns >= 4 && vectors >= 4) {
-      column_product<Dot, order, kRegisterColumns>(rows, depth, a, lda, b + n, ldb, c + n, ldc, here);
+      column_product<Dot, order, kRegisterColumns>(rows, depth, a, lda, b + n, ldb, c + n, ldc, add);
       n += kRegisterColumns * W;
     } else if (vectors >= 2) {
-      column_product<Dot, order, 2>(rows, depth, a, lda, b + n, ldb, c + n, ldc, here);
+      column_product<Dot, order, 2>(rows, depth, a, lda, b + n, ldb, c + n, ldc, add);
       n += 2 * W;
     } else {
-      column_product<Dot, order, 1>(rows, depth, a, lda, b + n, ldb, c + n, ldc, here);
+      column_product<Dot, order, 1>(rows, depth, a, lda, b + n, ldb, c + n, ldc, add);
       n += W;
     }
   }
@@ -128,8 +117,8 @@ void product(int64_t rows, int64_t columns, int64_t depth, const typename Dot::U
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 // Of bfloat16 pairs; `rows` of c may be exceeded by what amx.h does, never here.
 inline void pair_product(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t lda,
-                         const uint32_t* b, int64_t ldb, float* c, int64_t ldc, Start<float> start) {
-  product<PairDotProduct, Order::kRowMajor>(rows, columns, depth, a, lda, b, ldb, c, ldc, start);
+                         const uint32_t* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  product<PairDotProduct, Order::kRowMajor>(rows, columns, depth, a, lda, b, ldb, c, ldc, add);
 }
 #endif
 

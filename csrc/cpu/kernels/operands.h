@@ -28,6 +28,8 @@ struct FloatOperands {
   using Dot = FusedMultiplyAdd<T>;
   struct Registers {};  // to be set up before products
   static constexpr int kExpTerms = kFullTerms<T>;
+  static constexpr int64_t kStep = kKeyBlock;  // keys of one step of the forward
+  static constexpr int64_t kScoreRows = kKeyRows;
 
   static int64_t left_size(int64_t columns) { return kKeyRows * row_width(columns); }
   static int64_t across_size(int64_t) { return 0; }  // a left read down its columns
@@ -44,6 +46,7 @@ struct FloatOperands {
     transpose<T>(rows, row_width(columns), kPanelRows, row_width(columns), right, kPanelRows);
   }
 
+  static Sum* step_scores(Sum* scores, int64_t key) { return scores + key * kPanelRows; }
   static Operand* weights(Sum* scores, Operand*) { return scores; }  // in place
   static void store_right(Operand* right, int64_t j, int64_t lane, Vec<T> a, Vec<T> b) {
     store<T>(right + j * kPanelRows + lane, a);
@@ -59,19 +62,18 @@ struct FloatOperands {
                                const Operand* right, Sum* c) {
     const int64_t width = row_width(columns);
     product<Dot, Order::kRowMajor>(keys, lanes, columns, left + skip * width, width, right, kPanelRows, c, kPanelRows,
-                                   {false, nullptr});
+                                   false);
   }
   static void across_times_weights(int64_t columns, int64_t lanes, int64_t keys, const Operand* across, int64_t skip,
-                                   const Operand* weights, Sum* c, Start<T> start) {
+                                   const Operand* weights, Sum* c, bool add) {
     const int64_t width = row_width(columns);
     product<Dot, Order::kColumnMajor>(columns, lanes, keys, across + skip * width, width, weights, kPanelRows, c,
-                                      kPanelRows, start);
+                                      kPanelRows, add);
   }
   static void add_weights_times_rows(int64_t keys, int64_t columns, const Operand* weights, const Operand* right,
                                      Sum* c) {
     const int64_t width = row_width(columns);
-    product<Dot, Order::kRowMajor>(keys, width, kPanelRows, weights, kPanelRows, right, width, c, width,
-                                   {true, nullptr});
+    product<Dot, Order::kRowMajor>(keys, width, kPanelRows, weights, kPanelRows, right, width, c, width, true);
   }
 };
 
@@ -88,6 +90,8 @@ struct BFloat16Operands {
   using Operand = uint16_t;
   using Registers = TileRegisters;
   static constexpr int kExpTerms = 5;
+  static constexpr int64_t kStep = 32;
+  static constexpr int64_t kScoreRows = kStep;
 
   static constexpr int64_t kDepth = 32;  // operands hold zeros up to a multiple of this along the depth
   static constexpr int64_t kAcrossWidth = kKeyBlock + kDepth;
@@ -103,22 +107,22 @@ struct BFloat16Operands {
   static void load_left(const AttentionParams& p, const Sequence& s, int64_t head, const Tensor4& x, int64_t first,
                         int64_t keys, int64_t columns, bool rotated, Operand* left, Sum* row) {
     const int64_t width = width_of(columns);
+    KeyRows rows(p, s, x, head);
     for (int64_t j = 0; j < keys; ++j) {
       Operand* to = left + j * width;
       if (p.key_mask && !p.key_mask[s.index * p.nk + first + j]) {
         std::memset(to, 0, width * sizeof(Operand));
         continue;
       }
-      const int64_t token = s.k_start + first + j;
-      const char* from = row_address(x, p.dtype, s.row, head, token);
-      if (rotated) {
-        load_row(from, p.dtype, columns, row);
-        rotate_row(row, p.rotated, p.k_angles, s.index, token, p.interleaved, false);
+      if (rotated || rows.dtype() != DType::kBFloat16) {
+        rows.load(first + j, columns, row);
+        if (rotated) rotate_row(row, p.rotated, p.k_angles, s.index, angle_of(p, s, first + j), p.interleaved, false);
         store_row(row, DType::kBFloat16, columns, reinterpret_cast<char*>(to));
+        std::memset(to + columns, 0, (width - columns) * sizeof(Operand));
       } else {
-        std::memcpy(to, from, columns * sizeof(Operand));
+        copy_row(reinterpret_cast<const Operand*>(rows.at(first + j)), columns, to);
+        rows.prefetch(first + j + kKeyBlock, columns * sizeof(Operand));
       }
-      std::memset(to + columns, 0, (width - columns) * sizeof(Operand));
     }
     std::memset(left + keys * width, 0, (round_up(keys, kDepth) - keys) * width * sizeof(Operand));
   }
@@ -164,6 +168,7 @@ struct BFloat16Operands {
     transpose_units(packed, width / 2, kPanelRows, width / 2, right, kPanelRows);
   }
 
+  static Sum* step_scores(Sum* scores, int64_t) { return scores; }  // soon read: in the nearest cache
   static Operand* weights(Sum*, Operand* own) { return own; }
   static void store_right(Operand* right, int64_t j, int64_t lane, Vec<float> a, Vec<float> b) {
     store_pairs(right + j * kPanelRows + 2 * lane, a, b);
@@ -183,21 +188,27 @@ struct BFloat16Operands {
                                const Operand* right, Sum* c) {
     const int64_t width = width_of(columns);
     pair_product(keys, lanes, width / 2, units(left + skip * width), width / 2, units(right), kPanelRows, c, kPanelRows,
-                 {false, nullptr});
+                 false);
   }
   static void across_times_weights(int64_t columns, int64_t lanes, int64_t keys, const Operand* across, int64_t skip,
-                                   const Operand* weights, Sum* c, Start<Sum> start) {
+                                   const Operand* weights, Sum* c, bool add) {
     pair_product(columns, lanes, round_up(keys, kDepth) / 2, units(across + skip), kAcrossWidth / 2, units(weights),
-                 kPanelRows, c, kPanelRows, start);
+                 kPanelRows, c, kPanelRows, add);
   }
   static void add_weights_times_rows(int64_t keys, int64_t columns, const Operand* weights, const Operand* right,
                                      Sum* c) {
     const int64_t width = row_width(columns);
-    pair_product(keys, width, kPanelRows / 2, units(weights), kPanelRows / 2, units(right), width, c, width,
-                 {true, nullptr});
+    pair_product(keys, width, kPanelRows / 2, units(weights), kPanelRows / 2, units(right), width, c, width, true);
   }
 
  private:
+  // Zeros follow up to width_of(columns).
+  static void copy_row(const Operand* from, int64_t columns, Operand* to) {
+    for (int64_t c = 0; c < columns; c += 32) {
+      const __mmask32 present = columns - c >= 32 ? ~__mmask32{0} : (__mmask32{1} << (columns - c)) - 1;
+      _mm512_storeu_si512(to + c, _mm512_maskz_loadu_epi16(present, from + c));
+    }
+  }
   static void transpose_units(const Operand* src, int64_t stride, int64_t rows, int64_t columns, Operand* dst,
                               int64_t dst_stride) {
     transpose<float>(reinterpret_cast<const float*>(src), stride, rows, columns, reinterpret_cast<float*>(dst),

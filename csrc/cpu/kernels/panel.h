@@ -53,7 +53,7 @@ inline PanelRange panel_range(const Panel& panel) {
   const AttentionParams& p = *panel.params;
   const Sequence& s = panel.sequence;
   const int64_t first = query_of(panel, 0), last = query_of(panel, panel.rows - 1);
-  const KeyRange keys = kv_range({p.left, p.right, p.sinks}, first + s.shift, last + s.shift, s.lk);
+  const KeyRange keys = kv_range(p, s, first, last);
   PanelRange range{0, keys.sinks, keys.start, keys.stop, keys.full_start, keys.full_stop};
   if (p.lo) {
     int64_t lo_min = INT64_MAX, lo_max = 0, hi_min = INT64_MAX, hi_max = 0;
@@ -97,7 +97,7 @@ inline void lane_limits(const Panel& panel, int64_t base, int64_t keys, LaneLimi
   for (int64_t r = 0; r < kPanelRows; ++r) {
     int64_t low = 0, floor = 0, upper = INT64_MAX;
     if (r < panel.rows) {
-      const int64_t query = query_of(panel, r), position = query + s.shift;
+      const int64_t query = query_of(panel, r), position = position_of(p, s, query);
       upper = s.lk - 1;
       if (p.right >= 0) upper = smaller(upper, position + p.right);
       if (p.left >= 0) low = position - p.left;
@@ -123,17 +123,22 @@ inline IntVec<T> sees(const LaneLimits<T>& limits, int64_t lane, Int<T> key, boo
   return (key >= low) & (key <= upper);
 }
 
-// Rows of `x` at a panel's places, row-major with padding zeroed: dst[kPanelRows][width], rotated by `angles` if any,
-// times factor.
+// Rows of `x` at a panel's places, row-major with padding zeroed: dst[kPanelRows][width], rotated, times factor.
+// `against_sinks`: as queries turn against sinks, in a cache whose keys turn at their place.
 template <class T>
 inline void load_panel(const Panel& panel, const Tensor4& x, int64_t columns, int64_t width, T factor, bool rotated,
-                       T* dst) {
+                       T* dst, bool against_sinks = false) {
   const AttentionParams& p = *panel.params;
   for (int64_t r = 0; r < panel.rows; ++r) {
     const Row row = locate(panel, r);
     T* to = dst + r * width;
     load_row(row_address(x, p.dtype, panel.sequence.row, row.head, row.token), p.dtype, columns, to);
-    if (rotated) rotate_row(to, p.rotated, p.q_angles, panel.sequence.index, row.token, p.interleaved, false);
+    if (rotated) {
+      const int64_t last = p.frame + p.pages.sinks - 1;
+      const int64_t at = against_sinks ? smaller(position_of(p, panel.sequence, query_of(panel, r)), last) : row.token;
+      rotate_row(to, p.rotated, against_sinks ? p.k_angles : p.q_angles, panel.sequence.index, at, p.interleaved,
+                 false);
+    }
     if (factor != T(1))
       for (int64_t c = 0; c < columns; ++c) to[c] *= factor;
     for (int64_t c = columns; c < width; ++c) to[c] = T(0);
@@ -141,19 +146,92 @@ inline void load_panel(const Panel& panel, const Tensor4& x, int64_t columns, in
   std::memset(dst + panel.rows * width, 0, (kPanelRows - panel.rows) * width * sizeof(T));
 }
 
+// The rows of keys, or of values, of one head: in a tensor, or in the pages of a cache.
+class KeyRows {
+ public:
+  KeyRows(const AttentionParams& p, const Sequence& s, const Tensor4& x, int64_t kv_head)
+      : p_(p), s_(s), x_(x), kv_head_(kv_head), dtype_(p.pages.table ? p.pages.dtype : p.dtype) {
+    if (!p.pages.table) {
+      row_ = row_address(x, dtype_, s.row, kv_head, s.k_start);
+      stop_ = INT64_MAX;
+    }
+    stride_ = x.token * element_bytes(dtype_);
+  }
+
+  DType dtype() const { return dtype_; }
+
+  // Where key j is stored. Fast while j grows.
+  char* at(int64_t j) {
+    if (j < start_ || j >= stop_) seek(j);
+    return row_ + (j - start_) * stride_;
+  }
+
+  // Asks for a later key's row, if it lies in one run of memory with the latest.
+  void prefetch(int64_t j, int64_t bytes) const {
+    if (j < stop_)
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row_ + (j - start_) * stride_ + i);
+  }
+
+  float& scale(int64_t j) {
+    at(j);
+    return scales_[j - start_];
+  }
+
+  template <class T>
+  void load(int64_t j, int64_t columns, T* dst) {
+    load_row(at(j), dtype_, columns, dst);
+    if (dtype_ == DType::kInt8) {
+      const T factor = scale(j);
+      for (int64_t c = 0; c < columns; ++c) dst[c] *= factor;
+    }
+  }
+
+ private:
+  // The keys [start_, stop_) around j that lie in one page, one after another.
+  void seek(int64_t j) {
+    const Pages& pages = p_.pages;
+    int64_t slot = j, rest = INT64_MAX;
+    if (pages.ring) {
+      slot = j < pages.sinks ? j : pages.sinks + (j - pages.sinks) % pages.ring;
+      rest = (j < pages.sinks ? pages.sinks : pages.sinks + pages.ring) - slot;
+    }
+    const int64_t page = pages.table[s_.index * pages.width + slot / pages.slots], place = slot % pages.slots;
+    start_ = j;
+    stop_ = j + smaller(rest, pages.slots - place);
+    row_ = row_address(x_, dtype_, page, kv_head_, place);
+    scales_ = x_.scales ? x_.scales + (page * p_.kv_heads + kv_head_) * pages.slots + place : nullptr;
+  }
+
+  const AttentionParams& p_;
+  const Sequence& s_;
+  const Tensor4& x_;
+  int64_t kv_head_, stride_, start_ = 0, stop_ = 0;
+  DType dtype_;
+  char* row_ = nullptr;
+  float* scales_ = nullptr;
+};
+
+// Whether keys turn when they are read.
+inline bool turns_keys(const AttentionParams& p) { return p.rotated > 0 && p.k_angles.cos; }
+
+// The row of k_angles by which a key turns.
+inline int64_t angle_of(const AttentionParams& p, const Sequence& s, int64_t j) {
+  return p.frame == 0 || j < p.sinks ? s.k_start + j : j - s.shift + p.frame - 1;
+}
+
 // Keys [first, first + keys) of a sequence: dst[keys][width], hidden ones zeroed, so that what they hold never matters.
 template <class T>
 inline void load_keys(const AttentionParams& p, const Sequence& s, int64_t kv_head, const Tensor4& x, int64_t first,
                       int64_t keys, int64_t columns, int64_t width, bool rotated, T* dst) {
+  KeyRows rows(p, s, x, kv_head);
   for (int64_t j = 0; j < keys; ++j) {
     T* to = dst + j * width;
     if (p.key_mask && !p.key_mask[s.index * p.nk + first + j]) {
       std::memset(to, 0, width * sizeof(T));
       continue;
     }
-    const int64_t token = s.k_start + first + j;
-    load_row(row_address(x, p.dtype, s.row, kv_head, token), p.dtype, columns, to);
-    if (rotated) rotate_row(to, p.rotated, p.k_angles, s.index, token, p.interleaved, false);
+    rows.load(first + j, columns, to);
+    if (rotated) rotate_row(to, p.rotated, p.k_angles, s.index, angle_of(p, s, first + j), p.interleaved, false);
     for (int64_t c = columns; c < width; ++c) to[c] = T(0);
   }
 }

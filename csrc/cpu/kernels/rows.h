@@ -8,7 +8,17 @@ namespace longattn {
 namespace {
 
 inline int64_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2;
+  switch (dtype) {
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    case DType::kBool:
+    case DType::kInt8:
+      return 1;
+    default:
+      return 2;
+  }
 }
 
 inline char* row_address(const Tensor4& x, DType dtype, int64_t batch, int64_t head, int64_t token) {
@@ -109,13 +119,30 @@ inline void load_row(const char* src, DType dtype, int64_t n, float* __restrict 
   } else if (dtype == DType::kBFloat16) {
     const uint16_t* from = reinterpret_cast<const uint16_t*>(src);
     for (int64_t i = 0; i < n; ++i) dst[i] = from_bfloat16(from[i]);
-  } else {
+  } else if (dtype == DType::kFloat16) {
     load_float16(reinterpret_cast<const uint16_t*>(src), n, dst);
+  } else if (dtype == DType::kInt8) {
+    const int8_t* from = reinterpret_cast<const int8_t*>(src);
+    for (int64_t i = 0; i < n; ++i) dst[i] = from[i];
+  } else {
+    const double* from = reinterpret_cast<const double*>(src);
+    for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<float>(from[i]);
   }
 }
 
-inline void load_row(const char* src, DType, int64_t n, double* __restrict dst) {
-  std::memcpy(dst, src, n * sizeof(double));
+constexpr int64_t kPart = 64;  // numbers converted at a time
+
+inline void load_row(const char* src, DType dtype, int64_t n, double* __restrict dst) {
+  if (dtype == DType::kFloat64) {
+    std::memcpy(dst, src, n * sizeof(double));
+    return;
+  }
+  float part[kPart];
+  for (int64_t i = 0; i < n; i += kPart) {
+    const int64_t count = n - i < kPart ? n - i : kPart;
+    load_row(src + i * element_bytes(dtype), dtype, count, part);
+    for (int64_t c = 0; c < count; ++c) dst[i + c] = part[c];
+  }
 }
 
 inline void store_row(const float* __restrict src, DType dtype, int64_t n, char* dst) {
@@ -124,13 +151,48 @@ inline void store_row(const float* __restrict src, DType dtype, int64_t n, char*
   } else if (dtype == DType::kBFloat16) {
     uint16_t* to = reinterpret_cast<uint16_t*>(dst);
     for (int64_t i = 0; i < n; ++i) to[i] = to_bfloat16(src[i]);
-  } else {
+  } else if (dtype == DType::kFloat16) {
     store_float16(src, n, reinterpret_cast<uint16_t*>(dst));
+  } else {
+    double* to = reinterpret_cast<double*>(dst);
+    for (int64_t i = 0; i < n; ++i) to[i] = src[i];
   }
 }
 
-inline void store_row(const double* __restrict src, DType, int64_t n, char* dst) {
-  std::memcpy(dst, src, n * sizeof(double));
+inline void store_row(const double* __restrict src, DType dtype, int64_t n, char* dst) {
+  if (dtype == DType::kFloat64) {
+    std::memcpy(dst, src, n * sizeof(double));
+    return;
+  }
+  float part[kPart];
+  for (int64_t i = 0; i < n; i += kPart) {
+    const int64_t count = n - i < kPart ? n - i : kPart;
+    for (int64_t c = 0; c < count; ++c) part[c] = static_cast<float>(src[i + c]);
+    store_row(part, dtype, count, dst + i * element_bytes(dtype));
+  }
+}
+
+// x[0..n) as int8 numbers, times the scale that is returned, max |x| / 127: each is off by half a scale at most. Where
+// a number is not finite the scale is NaN.
+template <class T>
+inline float store_int8(const T* __restrict x, int64_t n, int8_t* __restrict dst) {
+  T largest = T(0);
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) {
+    const T size = x[i] < T(0) ? -x[i] : x[i];
+    finite &= size <= T(3.4028234663852886e38);
+    largest = size > largest ? size : largest;
+  }
+  const float scale = finite ? static_cast<float>(largest / T(127)) : __builtin_nanf("");
+  if (!(scale > 0)) {
+    std::memset(dst, 0, n);
+    return scale;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const float steps = __builtin_rintf(static_cast<float>(x[i] / static_cast<T>(scale)));
+    dst[i] = static_cast<int8_t>(steps > 127.0f ? 127.0f : steps < -127.0f ? -127.0f : steps);
+  }
+  return scale;
 }
 
 // Turns x[0..rotated) in place. `inverse` turns the other way: the transpose, up to the factor inside cos and sin.

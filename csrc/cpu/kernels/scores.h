@@ -89,7 +89,7 @@ struct LaneSlopes {
       if (r >= panel.rows) continue;
       slope[r] =
           reinterpret_cast<const T*>(p.alibi_slopes)[panel.sequence.index * p.slopes_batch + locate(panel, r).head];
-      place[r] = static_cast<T>(query_of(panel, r) + panel.sequence.shift - base);
+      place[r] = static_cast<T>(position_of(p, panel.sequence, query_of(panel, r)) - base);
     }
   }
   Vec<T> distance(int lane, int64_t j) const {
@@ -129,11 +129,23 @@ inline void adjust(const Panel& panel, int64_t base, int64_t keys, T* scores, T*
     }
 }
 
+// Scores of new keys become -inf where the tree hides them.
+template <class T>
+inline void hide_branches(const Panel& panel, int64_t base, int64_t keys, T* scores) {
+  const AttentionParams& p = *panel.params;
+  const Sequence& s = panel.sequence;
+  for (int64_t j = larger(base, s.shift); j < base + keys; ++j)
+    for (int64_t r = 0; r < panel.rows; ++r)
+      if (!p.tree[s.index * p.tree_batch + query_of(panel, r) * p.nq + j - s.shift])
+        scores[(j - base) * kPanelRows + r] = T(-kInfinity);
+}
+
 // Scores of keys [base, base + keys) become -inf where a query must not see the key.
 template <class T>
 inline void hide(const Panel& panel, int64_t base, int64_t keys, T* scores) {
   constexpr int W = kWidth<T>;
   const AttentionParams& p = *panel.params;
+  if (p.tree) hide_branches<T>(panel, base, keys, scores);
   const bool* visible = p.key_mask ? p.key_mask + panel.sequence.index * p.nk + base : nullptr;
   const int64_t full_start = panel.range.full_start - base, full_stop = panel.range.full_stop - base;
   const bool partial = full_start > 0 || full_stop < keys;

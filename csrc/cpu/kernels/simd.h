@@ -87,6 +87,18 @@ inline Vec<T> minimum(Vec<T> a, Vec<T> b) {
   return a < b ? a : b;
 }
 
+// Whether some lane is not 0.
+template <class T>
+inline bool any(IntVec<T> x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(x)) != 0;
+#else
+  Int<T> all = 0;
+  for (int lane = 0; lane < kWidth<T>; ++lane) all |= x[lane];
+  return all != 0;
+#endif
+}
+
 constexpr float kInfinity = __builtin_inff();
 
 // Minimax polynomials in relative error of 2^x on [0, 1], by number of terms.

@@ -1,7 +1,9 @@
 // The kernels of one instruction set: included by each file of targets/, which names it in LONGATTN_TARGET.
 #pragma once
 
+#include "cpu/kernels/append.h"
 #include "cpu/kernels/backward.h"
+#include "cpu/kernels/decode.h"
 #include "cpu/kernels/forward.h"
 #include "cpu/kernels/peak.h"
 #include "cpu/kernels/rope.h"
@@ -19,10 +21,15 @@ auto with_operands(DType dtype, F f) {
 }
 
 int64_t forward_scratch(const AttentionParams& p, int64_t panels) {
-  return with_operands(p.dtype, [&](auto o) { return ForwardScratch<decltype(o)>(p, panels, nullptr).bytes; });
+  const int64_t few =
+      p.dtype == DType::kFloat64 ? DecodeScratch<double>(p, nullptr).bytes : DecodeScratch<float>(p, nullptr).bytes;
+  return larger(few,
+                with_operands(p.dtype, [&](auto o) { return ForwardScratch<decltype(o)>(p, panels, nullptr).bytes; }));
 }
 
 void forward(const AttentionParams& p, const QueryTile& tile, char* scratch) {
+  if (has_few_rows(p, tile))
+    return p.dtype == DType::kFloat64 ? decode_tile<double>(p, tile, scratch) : decode_tile<float>(p, tile, scratch);
   with_operands(p.dtype, [&](auto o) { forward_tile<decltype(o)>(p, tile, scratch); });
 }
 
@@ -51,6 +58,15 @@ void backward_bias(const AttentionParams& p, const BiasTile& tile, char* scratch
   with_operands(p.dtype, [&](auto o) { bias_tile<decltype(o)>(p, tile, scratch); });
 }
 
+int64_t append_scratch(const AttentionParams& p) {
+  return larger(p.head_dim, p.v_head_dim) *
+         static_cast<int64_t>(p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
+}
+
+void append(const AttentionParams& p, const KeyTile& tile, char* scratch) {
+  p.dtype == DType::kFloat64 ? append_tile<double>(p, tile, scratch) : append_tile<float>(p, tile, scratch);
+}
+
 int64_t rope_scratch(const RopeParams& p) {
   return p.width * static_cast<int64_t>(p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
 }
@@ -64,17 +80,9 @@ void rope(const RopeParams& p, int64_t batch, int64_t head, int64_t first, int64
 
 namespace LONGATTN_TARGET {
 extern const Kernels table;
-const Kernels table = {forward_scratch,
-                       forward,
-                       forward_merge,
-                       backward_delta,
-                       backward_scratch,
-                       backward,
-                       backward_finish,
-                       backward_bias,
-                       burst,
-                       rope_scratch,
-                       rope};
+const Kernels table = {forward_scratch, forward,         forward_merge, backward_delta, backward_scratch,
+                       backward,        backward_finish, backward_bias, burst,          append_scratch,
+                       append,          rope_scratch,    rope};
 }  // namespace LONGATTN_TARGET
 
 }  // namespace longattn

@@ -55,10 +55,31 @@ static inline Sequence sequence(const AttentionParams& p, int64_t b) {
     s.k_start = p.cu_seqlens_k[b];
     s.lk = p.cu_seqlens_k[b + 1] - s.k_start;
   }
+  if (p.query_lens) s.lq = p.query_lens[b];
   const int64_t keys = p.key_lens ? p.key_lens[b] : s.lk;
   if (p.from_end) s.shift += keys - s.lq;
   s.lk = larger(0, smaller(s.lk, keys));
   return s;
+}
+
+static inline int64_t position_of(const AttentionParams& p, const Sequence& s, int64_t query) {
+  return s.shift + (p.depths ? p.depths[s.index * p.depths_batch + query] : query);
+}
+
+// The keys that queries first..last of a sequence can see.
+static inline KeyRange kv_range(const AttentionParams& p, const Sequence& s, int64_t first, int64_t last) {
+  int64_t lowest = position_of(p, s, first), highest = position_of(p, s, last);
+  for (int64_t query = first; p.depths && query <= last; ++query) {
+    lowest = smaller(lowest, position_of(p, s, query));
+    highest = larger(highest, position_of(p, s, query));
+  }
+  KeyRange range = kv_range({p.left, p.right, p.sinks}, lowest, highest, s.lk);
+  if (p.frame > 0) {  // sinks turn apart from the rest
+    range.sinks = smaller(p.sinks, range.stop);
+    range.start = larger(range.start, range.sinks);
+    range.full_start = larger(range.full_start, range.start);
+  }
+  return range;
 }
 
 }  // namespace longattn

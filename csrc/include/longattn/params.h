@@ -5,12 +5,13 @@
 
 namespace longattn {
 
-enum class DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kBool = 4 };
+enum class DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kBool = 4, kInt8 = 5 };
 
 // [batch, head, token, width], unit stride in width.
 struct Tensor4 {
   char* data = nullptr;
   int64_t batch = 0, head = 0, token = 0;  // strides in elements
+  float* scales = nullptr;                 // of rows of kInt8 in a cache: [page][kv_head][slot]
 };
 
 // Rotation angles of tokens, in the accumulation type: [1 or batch, token, width / 2], times the rotation's factor.
@@ -18,6 +19,17 @@ struct Angles {
   const char* cos = nullptr;
   const char* sin = nullptr;
   int64_t batch = 0;  // stride in elements, 0 if all sequences share them
+};
+
+// The slots of a cache, that hold its keys and values: [page][kv_head][slot][width], in AttentionParams' k and v, their
+// batch stride that of a page. Key j of a sequence lies in its slot j, or past the first `sinks` keys in slot
+// sinks + (j - sinks) % ring; slot s lies in page table[s / slots] of the sequence.
+struct Pages {
+  const int32_t* table = nullptr;  // [batch, width]; nullptr: k and v are tensors
+  int64_t width = 0, count = 0;    // pages of a sequence at most; of all
+  int64_t slots = 0;               // of a page
+  int64_t sinks = 0, ring = 0;     // ring 0: all keys stay
+  DType dtype = DType::kFloat32;   // of slots; kInt8: times the scale of each
 };
 
 // Added to scores, [batch, head, query, key]; strides in elements, 0 where it is broadcast.
@@ -59,6 +71,24 @@ struct AttentionParams {
   int64_t rotated = 0;       // width that rope turns, 0: none
   bool interleaved = false;  // pairs (2i, 2i + 1) in place of (i, i + rotated / 2)
   Angles q_angles, k_angles;
+
+  // With a cache: k and v are its pages, key_lens the lengths after the call. Of sequence b the first query_lens[b]
+  // queries count; as many rows of new_k and new_v become its last keys.
+  Pages pages;
+  Tensor4 new_k, new_v;                 // [batch, kv_heads, nq, width]; nullptr: nothing is appended
+  const int32_t* query_lens = nullptr;  // [batch]
+  // q_angles are made by the call. Keys turn by them before they are stored or, where k_angles are given, whenever they
+  // are read.
+  const float* inv_freq = nullptr;   // [1 or batch, rotated / 2]
+  const float* positions = nullptr;  // [1 or batch, nq], in place of those where queries stand; may be nullptr
+  int64_t inv_freq_batch = 0, positions_batch = 0;  // strides
+  double rope_factor = 1.0;                         // of q_angles; k_angles hold it
+  // > 0: key j >= sinks turns by row j - (offset of the queries) + frame - 1 of k_angles, a query by row i + frame - 1
+  // against it; against a sink, that turns by its own row, by that of its position or by frame + sinks - 1, the last.
+  int64_t frame = 0;
+  const bool* tree = nullptr;       // [1 or batch, nq, nq]: which of the new keys each query sees; may be nullptr
+  const int32_t* depths = nullptr;  // [1 or batch, nq], with tree: query i stands at offset + depths[i]
+  int64_t tree_batch = 0, depths_batch = 0;  // strides
 
   // Backward.
   Tensor4 dout, dq, dk, dv;     // dq, dk, dv may be nullptr

@@ -1,57 +1,82 @@
-"""Llama-style checkpoints of Hugging Face in our reference decoder, and back.
+"""Llama-style, GPT-2 and BERT checkpoints of Hugging Face in our reference models, and back.
 
-The two name the same weights differently and compute the same: grouped heads, rotary positions, RMSNorm, SwiGLU, no
-biases. What our decoder cannot compute is an error, never left out.
+The two name the same weights differently and compute the same. What our models cannot compute is an error, never left
+out. llama.py, gpt2.py and bert.py say, each for its family, which config and which weights are whose.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longattn.errors import InvalidInput
-from longattn.models import Decoder, TransformerConfig
-from longattn.rope import Rope
-from longattn.scaling import NTK, DynamicNTK
+from longattn.integrations.huggingface import bert, gpt2, llama
+from longattn.integrations.huggingface.weights import to_ours, to_theirs, without_derived
+from longattn.models import Decoder, Encoder, MaskedLM, SequenceClassifier, TokenClassifier, TransformerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["config_from_hf", "config_to_hf", "from_hf", "load_pretrained", "to_hf"]
 
-_MODEL_TYPES = ("llama", "mistral")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _INDEX = "model.safetensors.index.json"
 
-# Where a layer keeps its weights: ours, theirs.
-_LAYER_NAMES = (
-    ("attention_norm", "input_layernorm"),
-    ("attention.q_proj", "self_attn.q_proj"),
-    ("attention.k_proj", "self_attn.k_proj"),
-    ("attention.v_proj", "self_attn.v_proj"),
-    ("attention.o_proj", "self_attn.o_proj"),
-    ("feed_forward_norm", "post_attention_layernorm"),
-    ("feed_forward.gate_proj", "mlp.gate_proj"),
-    ("feed_forward.up_proj", "mlp.up_proj"),
-    ("feed_forward.down_proj", "mlp.down_proj"),
-)
+
+class _Kind(NamedTuple):
+    """A class of transformers and what it is here."""
+
+    family: ModuleType
+    make: Callable[[TransformerConfig, int], nn.Module]  # of a config and the number of classes
+    auto: str  # the class of transformers that makes one of a config
 
 
-def load_pretrained(folder: str | Path, *, dtype: torch.dtype | None = None) -> Decoder:
-    """The decoder of a folder with config.json and safetensors, in one file or in shards; on the CPU, in eval mode.
+def _decoder(config: TransformerConfig, classes: int) -> nn.Module:
+    return Decoder(config)
+
+
+_KINDS = {
+    "LlamaForCausalLM": _Kind(llama, _decoder, "AutoModelForCausalLM"),
+    "MistralForCausalLM": _Kind(llama, _decoder, "AutoModelForCausalLM"),
+    "GPT2LMHeadModel": _Kind(gpt2, _decoder, "AutoModelForCausalLM"),
+    "BertModel": _Kind(bert, lambda config, classes: Encoder(config), "AutoModel"),
+    "BertForMaskedLM": _Kind(bert, lambda config, classes: MaskedLM(config), "AutoModelForMaskedLM"),
+    "BertForPreTraining": _Kind(
+        bert, lambda config, classes: MaskedLM(config, next_sentence=True), "AutoModelForPreTraining"
+    ),
+    "BertForSequenceClassification": _Kind(bert, SequenceClassifier, "AutoModelForSequenceClassification"),
+    "BertForTokenClassification": _Kind(bert, TokenClassifier, "AutoModelForTokenClassification"),
+}
+# What a config of each model_type without `architectures` means.
+_DEFAULTS = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "bert": "BertModel",
+}
+_FAMILIES = {model_type: _KINDS[architecture].family for model_type, architecture in _DEFAULTS.items()}
+
+
+def load_pretrained(folder: str | Path, *, dtype: torch.dtype | None = None, architecture: str | None = None) -> Any:
+    """The model of a folder with config.json and safetensors, in one file or in shards; on the CPU, in eval mode.
 
     Args:
         folder: as `save_pretrained` of transformers writes it, and as model hubs hold it.
         dtype: of the weights; the checkpoint's by default.
+        architecture: the class of transformers whose weights these are, such as "BertForPreTraining"; what the config
+            says by default.
+
+    Returns:
+        As `from_hf`.
 
     Raises:
         InvalidInput: no such checkpoint, a truncated or missing file, missing or unexpected weights, or a model that
-            our decoder cannot compute.
+            ours cannot compute.
     """
     from transformers import AutoConfig
 
@@ -59,168 +84,113 @@ def load_pretrained(folder: str | Path, *, dtype: torch.dtype | None = None) -> 
     if not (folder / "config.json").is_file():
         raise InvalidInput("folder", "a folder with a config.json", folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return _decoder(config_from_hf(config), _read_weights(folder), dtype)
+    if architecture is None:
+        architecture = (config.architectures or [_DEFAULTS.get(config.model_type, config.model_type)])[0]
+    return _model(architecture, config, _read_weights(folder), dtype)
 
 
-def from_hf(model: PreTrainedModel) -> Decoder:
-    """A copy of a transformers model as our decoder, in eval mode.
+def from_hf(model: PreTrainedModel) -> Any:
+    """A copy of a transformers model as ours, in eval mode.
 
     Args:
-        model: a LlamaForCausalLM or MistralForCausalLM.
+        model: a LlamaForCausalLM, MistralForCausalLM or GPT2LMHeadModel, which become a `Decoder`; a BertModel (its
+            output, without the pooler), an `Encoder`; a BertForMaskedLM or BertForPreTraining, a `MaskedLM`; a
+            BertForSequenceClassification or BertForTokenClassification, a `SequenceClassifier` or `TokenClassifier`.
 
     Raises:
         InvalidInput: as `load_pretrained`.
     """
     state = {name: weight.clone() for name, weight in model.state_dict().items()}
-    return _decoder(config_from_hf(model.config), state, None)
+    return _model(type(model).__name__, model.config, state, None)
 
 
-def to_hf(decoder: Decoder) -> PreTrainedModel:
-    """A copy of our decoder as a transformers model, in eval mode; its save_pretrained writes a checkpoint for others.
+def to_hf(model: nn.Module) -> PreTrainedModel:
+    """A copy of our model as a transformers model, in eval mode; its save_pretrained writes a checkpoint for others.
+
+    Args:
+        model: one of those that `from_hf` makes.
 
     Returns:
-        A LlamaForCausalLM, or a MistralForCausalLM if all layers are sliding.
+        The counterpart; a MistralForCausalLM if all layers of a rotary decoder are sliding.
 
     Raises:
-        InvalidInput: what Hugging Face's models cannot compute: mixed layers, sinks, or a scaling they do not know.
+        InvalidInput: what Hugging Face's models cannot compute, such as mixed layers or sinks.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    config = config_to_hf(decoder.config)
-    ours = decoder.state_dict()
-    state = {theirs: ours[name].clone() for name, theirs in _names(decoder.config).items()}
-    config.dtype = decoder.embedding.weight.dtype
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(state, strict=not decoder.config.tie_embeddings, assign=True)
-    model.tie_weights()
-    return model.eval()
+    architecture = _architecture(model)
+    kind = _KINDS[architecture]
+    ours: Any = model
+    config = config_to_hf(ours.config)
+    config.dtype = next(model.parameters()).dtype
+    options: dict[str, Any] = {}
+    if isinstance(model, (SequenceClassifier, TokenClassifier)):
+        config.num_labels = model.head.out_features
+    elif isinstance(model, Encoder):
+        options = {"add_pooling_layer": False}
+    theirs = getattr(transformers, kind.auto).from_config(config, **options)
+    state = to_theirs(kind.family.names(model), model.state_dict())
+    derived = kind.family.derived(model)
+    state |= {name: state[original] for name, original in derived.items() if original in state}
+    theirs.load_state_dict(state, assign=True)
+    theirs.tie_weights()
+    return theirs.eval()
 
 
 def config_from_hf(config: PreTrainedConfig) -> TransformerConfig:
-    """Our config of a Llama or Mistral config.
+    """Our config of a Llama, Mistral, GPT-2 or BERT config.
 
     Raises:
-        InvalidInput: another model, or options that our decoder does not have.
+        InvalidInput: another model, or options that ours does not have.
     """
-    if config.model_type not in _MODEL_TYPES:
-        raise InvalidInput("config", f"model_type {' or '.join(_MODEL_TYPES)}", config.model_type)
-    for name, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if getattr(config, name, expected) != expected:
-            raise InvalidInput("config", f"{name} {expected!r}", repr(getattr(config, name)))
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = Rope.from_hf(config)
-    if rope.dim != head_dim or rope.interleaved:
-        raise InvalidInput("config", f"rotation of all {head_dim} entries of a head, in halves", rope)
-    window = getattr(config, "sliding_window", None)
-    return TransformerConfig(
-        vocab_size=config.vocab_size,
-        dim=config.hidden_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-        hidden=config.intermediate_size,
-        max_length=config.max_position_embeddings,
-        pattern="L" if window is None else "S",
-        window=window,
-        rope_base=rope.base,
-        rope_scaling=rope.scaling,
-        norm_eps=config.rms_norm_eps,
-        tie_embeddings=config.tie_word_embeddings,
-    )
+    if config.model_type not in _FAMILIES:
+        raise InvalidInput("config", f"model_type {' or '.join(_FAMILIES)}", config.model_type)
+    return _FAMILIES[config.model_type].config_from_hf(config)
 
 
 def config_to_hf(config: TransformerConfig) -> PreTrainedConfig:
-    """The Llama config of our config, or the Mistral config if all layers are sliding.
+    """The config of transformers that says the same: of Llama, Mistral (if all layers are sliding), GPT-2 or BERT.
 
     Raises:
         InvalidInput: as `to_hf`.
     """
-    from transformers import LlamaConfig, MistralConfig
-
-    sliding = {config.is_sliding(layer) for layer in range(config.layers)}
-    if len(sliding) > 1 or config.sinks:
-        got = f"pattern {config.pattern!r} with {config.sinks} sinks"
-        raise InvalidInput("config", "all layers full or all sliding, without sinks", got)
-    shape: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.hidden,
-        "max_position_embeddings": config.max_length,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "rope_parameters": _rope_parameters(config),
-    }
-    made = MistralConfig(**shape, sliding_window=config.window) if True in sliding else LlamaConfig(**shape)
-    if Rope.from_hf(made) != _without_ntk(config.rope):
-        raise InvalidInput("config", "a rotation that Hugging Face's models have", config.rope)
-    return made
+    if config.architecture == "encoder":
+        return bert.config_to_hf(config)
+    return (gpt2 if config.positions == "learned" else llama).config_to_hf(config)
 
 
-def _rope_parameters(config: TransformerConfig) -> dict[str, Any]:
-    rope = _without_ntk(config.rope)
-    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.base}
-    if rope.scaling is None:
-        return parameters
-    values = rope.scaling.to_dict()
-    parameters["rope_type"] = values.pop("type")
-    if isinstance(rope.scaling, DynamicNTK) and rope.scaling.original_max_position != config.max_length:
-        raise InvalidInput(
-            "config", f"max_length {rope.scaling.original_max_position} as its DynamicNTK", config.max_length
-        )
-    theirs = {"original_max_position": "original_max_position_embeddings", "proportion": "partial_rotary_factor"}
-    return parameters | {theirs.get(name, name): value for name, value in values.items() if value is not None}
+def _architecture(model: nn.Module) -> str:
+    """The class of transformers that one of our models is."""
+    if isinstance(model, Decoder):
+        # Llama's and Mistral's weights have the same names.
+        return "GPT2LMHeadModel" if model.config.positions == "learned" else "LlamaForCausalLM"
+    if isinstance(model, MaskedLM):
+        return "BertForMaskedLM" if model.pooler is None else "BertForPreTraining"
+    for cls, name in (
+        (Encoder, "BertModel"),
+        (SequenceClassifier, "BertForSequenceClassification"),
+        (TokenClassifier, "BertForTokenClassification"),
+    ):
+        if isinstance(model, cls):
+            return name
+    raise InvalidInput("model", "a Decoder, an Encoder or one with a head", type(model).__name__)
 
 
-def _without_ntk(rope: Rope) -> Rope:
-    """NTK scaling is another base, and Hugging Face has no name for it."""
-    if not isinstance(rope.scaling, NTK):
-        return rope
-    return Rope(rope.dim, rope.base * rope.scaling.factor ** (rope.dim / (rope.dim - 2)), None, rope.interleaved)
-
-
-def _names(config: TransformerConfig) -> dict[str, str]:
-    """Their name of each of our weights."""
-    names = {"embedding.weight": _EMBEDDING, "norm.weight": "model.norm.weight"}
-    for layer in range(config.layers):
-        for ours, theirs in _LAYER_NAMES:
-            names[f"blocks.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
-    if not config.tie_embeddings:
-        names["head.weight"] = _HEAD
-    return names
-
-
-def _decoder(config: TransformerConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None) -> Decoder:
-    """The decoder with these weights, by Hugging Face's names."""
+def _model(
+    architecture: str, config: PreTrainedConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> nn.Module:
+    """Our model with these weights, by Hugging Face's names."""
+    ours = config_from_hf(config)
+    if architecture not in _KINDS or _KINDS[architecture].family is not _FAMILIES[config.model_type]:
+        names = [name for name, kind in _KINDS.items() if kind.family is _FAMILIES[config.model_type]]
+        raise InvalidInput("architecture", " or ".join(names), architecture)
+    kind = _KINDS[architecture]
     with torch.device("meta"):
-        decoder = Decoder(config)
-    names = _names(config)
-    state = _without_derived(state, config)
-    missing, unexpected = names.values() - state.keys(), state.keys() - set(names.values())
-    problems = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in unexpected]
-    for ours, weight in decoder.state_dict().items():
-        given = state.get(names[ours])
-        if given is not None and given.shape != weight.shape:
-            problems.append(f"{names[ours]} of shape {tuple(given.shape)} for {tuple(weight.shape)}")
-    if problems:
-        listing = "; ".join(sorted(problems)[:8]) + (f"; {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise InvalidInput("checkpoint", "the weights that its config asks for", listing)
-    decoder.load_state_dict({ours: state[theirs] for ours, theirs in names.items()}, assign=True)
-    return decoder.to(dtype).eval()
-
-
-def _without_derived(state: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
-    """Without what follows from the rest: the rotation's frequencies (old checkpoints), and the tied projection."""
-    kept = {name: weight for name, weight in state.items() if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings and _HEAD in kept:
-        head = kept.pop(_HEAD)
-        if _EMBEDDING in kept and not torch.equal(head, kept[_EMBEDDING]):
-            raise InvalidInput("checkpoint", f"{_HEAD} equal to {_EMBEDDING}, as its config ties them", "other weights")
-    return kept
+        model = kind.make(ours, config.num_labels or 2)
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    state = without_derived(kind.family.normalised(state, model), kind.family.derived(model))
+    model.load_state_dict(to_ours(kind.family.names(model), state, shapes), assign=True)
+    return model.to(dtype).eval()
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,0 +1,277 @@
+// Forward for a few rows, as decoding has them: keys and values are read where they lie, once, and no tile is made of
+// them. Over blocks of keys,
+//
+//   S = K Q^T           [keys][kPanelRows], dot products along D
+//   m' = max(m, colmax S)   P = exp2(c S - c m')   l' = l exp2(c m - c m') + colsum P
+//   O' = O exp2(c m - c m') + P^T V       [rows][Dv]
+//
+// with c as in forward.h.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/kernels/forward.h"
+
+namespace longattn {
+namespace {
+
+constexpr int64_t kFewRows = 8;
+// Rows to fetch before they are read: pages end too soon for the processor to guess them.
+constexpr int64_t kAhead = 16;
+
+template <class T>
+struct DecodeScratch {
+  T *queries, *queries_of_sinks, *staging, *scores, *sums;
+  int64_t bytes;
+
+  DecodeScratch(const AttentionParams& p, char* base) {
+    Arena arena{base};
+    queries = arena.take<T>(kPanelRows * row_width(p.head_dim));
+    queries_of_sinks = p.frame > 0 ? arena.take<T>(kPanelRows * row_width(p.head_dim)) : queries;
+    staging = arena.take<T>(kKeyBlock * row_width(larger(p.head_dim, p.v_head_dim)));
+    scores = arena.take<T>(kKeyBlock * kPanelRows);
+    sums = arena.take<T>(kFewRows * row_width(p.v_head_dim));
+    bytes = arena.used;
+  }
+};
+
+// Numbers in storage, as vectors of the accumulation type.
+template <class T>
+struct Plain {
+  using Sum = T;
+  static constexpr int64_t kBytes = sizeof(T);
+  static Vec<T> load(const char* row, int64_t c) { return longattn::load<T>(reinterpret_cast<const T*>(row) + c); }
+};
+struct BFloat16 {
+  using Sum = float;
+  static constexpr int64_t kBytes = 2;
+  static Vec<float> load(const char* row, int64_t c) {
+    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+    typedef uint32_t Whole __attribute__((vector_size(kVectorBytes)));
+    Half bits;
+    __builtin_memcpy(&bits, row + 2 * c, sizeof(bits));
+    const Whole wide = __builtin_convertvector(bits, Whole) << 16;
+    Vec<float> x;
+    __builtin_memcpy(&x, &wide, sizeof(x));
+    return x;
+  }
+};
+
+// The keys of a block, row by row.
+struct Block {
+  const char* rows[kKeyBlock + 2 * kAhead];  // past the last: as the last
+  int64_t keys;
+};
+
+// Sums of the lanes of kWidth vectors: of x[i] in lane i.
+template <class T>
+inline Vec<T> lane_sums(Vec<T>* x) {
+  constexpr int W = kWidth<T>;
+  using Zip = Lanes<W>;
+  // Each step adds halves and puts two vectors side by side; pairing i with i + n / 2 leaves the lanes in order.
+#pragma GCC unroll 4
+  for (int n = W; n > 1; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i)
+      if (i < n / 2)
+        x[i] = Zip::template zip_low<T>(x[i], x[i + n / 2]) + Zip::template zip_high<T>(x[i], x[i + n / 2]);
+  return x[0];
+}
+
+// scores[j][r] = k_j . q_r for R rows, q [R][width]; columns of whole vectors.
+template <class Stored, int R, class T = typename Stored::Sum>
+inline void dot_products(const Block& block, int64_t columns, const T* queries, int64_t width, T* scores) {
+  constexpr int W = kWidth<T>, K = W / R;  // keys at a time
+  for (int64_t j = 0; j < block.keys; j += K) {
+    Vec<T> sums[W] = {};  // of key k and row r at [k * R + r]
+    for (int64_t c = 0; c < columns; c += W) {
+      Vec<T> q[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) q[r] = load<T>(queries + r * width + c);
+#pragma GCC unroll 16
+      for (int k = 0; k < K; ++k) {
+        __builtin_prefetch(block.rows[j + k + kAhead] + c * Stored::kBytes);
+        const Vec<T> key = Stored::load(block.rows[j + k], c);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sums[k * R + r] += key * q[r];
+      }
+    }
+    T found[W];
+    store<T>(found, lane_sums<T>(sums));
+    for (int k = 0; k < K && j + k < block.keys; ++k)
+      for (int r = 0; r < R; ++r) scores[(j + k) * kPanelRows + r] = found[k * R + r];
+  }
+}
+
+// sums[r][c] = sums[r][c] * decay[r] + sum_j weights[j][r] v_j[c] for R rows and C vectors of columns.
+template <class Stored, int R, int C, class T = typename Stored::Sum>
+inline void add_values(const Block& block, int64_t c, const T* weights, const T* decay, T* sums, int64_t width) {
+  constexpr int W = kWidth<T>;
+  Vec<T> total[R][C];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < C; ++n) total[r][n] = load<T>(sums + r * width + c + n * W) * decay[r];
+  for (int64_t j = 0; j < block.keys; ++j) {
+    Vec<T> value[C];
+#pragma GCC unroll 4
+    for (int n = 0; n < C; ++n) {
+      __builtin_prefetch(block.rows[j + kAhead] + (c + n * W) * Stored::kBytes);
+      value[n] = Stored::load(block.rows[j], c + n * W);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const T weight = weights[j * kPanelRows + r];
+#pragma GCC unroll 4
+      for (int n = 0; n < C; ++n) total[r][n] += weight * value[n];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < C; ++n) store<T>(sums + r * width + c + n * W, total[r][n]);
+}
+
+// Calls f with the number of rows that is handled next, as a constant, and the first of them.
+template <class T, class F>
+inline void by_rows(int64_t rows, F f) {
+  constexpr int kMost = kWidth<T> < 4 ? kWidth<T> : 4;
+  int64_t r = 0;
+  for (; rows - r > 1; r += kMost) f(std::integral_constant<int, kMost>{}, r);
+  if (r < rows) f(std::integral_constant<int, 1>{}, r);
+}
+
+// The rows of keys [first, first + keys) of x, or of their values: in place where `Stored` reads them, else in staging.
+template <class Stored, class T = typename Stored::Sum>
+inline Block rows_in_place(KeyRows* rows, int64_t first, int64_t keys) {
+  Block block;
+  block.keys = keys;
+  for (int64_t j = 0; j < keys; ++j) block.rows[j] = rows->at(first + j);
+  for (int64_t j = keys; j < keys + 2 * kAhead; ++j) block.rows[j] = block.rows[keys - 1];
+  return block;
+}
+
+// Calls f(Stored, block, columns) for the rows of some keys: where they lie, if they are whole vectors of numbers that
+// need no more than widening, else converted.
+template <class T, class F>
+inline void with_rows(const AttentionParams& p, const Sequence& s, int64_t kv_head, const Tensor4& x, int64_t first,
+                      int64_t keys, int64_t columns, bool rotated, T* staging, F f) {
+  KeyRows rows(p, s, x, kv_head);
+  const bool in_place = columns % kWidth<T> == 0 && !rotated && !p.key_mask;
+  if (in_place && rows.dtype() == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32))
+    return f(Plain<T>{}, rows_in_place<Plain<T>>(&rows, first, keys), columns);
+  if constexpr (sizeof(T) == 4)
+    if (in_place && rows.dtype() == DType::kBFloat16)
+      return f(BFloat16{}, rows_in_place<BFloat16>(&rows, first, keys), columns);
+  const int64_t width = row_width(columns);
+  load_keys<T>(p, s, kv_head, x, first, keys, columns, width, rotated, staging);
+  Block block;
+  block.keys = keys;
+  for (int64_t j = 0; j < keys + 2 * kAhead; ++j)
+    block.rows[j] = reinterpret_cast<const char*>(staging + smaller(j, keys - 1) * width);
+  f(Plain<T>{}, block, width);
+}
+
+// Scores become weights, m and l move on, and decay is what the sums so far are to be multiplied by.
+template <class T>
+inline void weigh_block(int64_t keys, int64_t rows, T exponent, T* scores, T* largest, T* total, T* decay) {
+  constexpr int W = kWidth<T>;
+  const Vec<T> unseen = splat<T>(-kInfinity);
+  for (int64_t n = 0; n < rows; n += W) {
+    const Vec<T> before = load<T>(largest + n);
+    Vec<T> top = before;
+    for (int64_t j = 0; j < keys; ++j) top = maximum<T>(load<T>(scores + j * kPanelRows + n), top);
+    const Vec<T> reference = top == unseen ? Vec<T>{} : top * exponent;  // -inf - -inf would be NaN
+    const Vec<T> fall = exp2<T, kFullTerms<T>>(before * exponent - reference);
+    Vec<T> sum{};
+    for (int64_t j = 0; j < keys; ++j) {
+      const Vec<T> weight = exp2<T, kFullTerms<T>>(load<T>(scores + j * kPanelRows + n) * exponent - reference);
+      sum += weight;
+      store<T>(scores + j * kPanelRows + n, weight);
+    }
+    store<T>(largest + n, top);
+    store<T>(decay + n, fall);
+    store<T>(total + n, load<T>(total + n) * fall + sum);
+  }
+}
+
+template <class T>
+void decode_tile(const AttentionParams& p, const QueryTile& tile, char* memory) {
+  constexpr int W = kWidth<T>;
+  const int64_t group = p.q_heads / p.kv_heads, rows = tile.queries * group;
+  const DecodeScratch<T> scratch(p, memory);
+  const ScoreScale scale = score_scale(p);
+  const T exponent = static_cast<T>(scale.exponent);
+  const int64_t width = row_width(p.head_dim), v_width = row_width(p.v_head_dim);
+
+  Panel panel = make_panel(p, tile.sequence, tile.kv_head, group, tile.first_query * group, rows);
+  restrict(tile.first_key, tile.last_key, &panel.range);
+  load_panel<T>(panel, p.q, p.head_dim, width, static_cast<T>(scale.query), p.rotated > 0, scratch.queries);
+  if (p.frame > 0)
+    load_panel<T>(panel, p.q, p.head_dim, width, static_cast<T>(scale.query), p.rotated > 0, scratch.queries_of_sinks,
+                  true);
+  std::memset(scratch.sums, 0, kFewRows * v_width * sizeof(T));
+  std::memset(scratch.scores, 0, kKeyBlock * kPanelRows * sizeof(T));  // lanes without a row
+  alignas(64) T largest[kFewRows + W], total[kFewRows + W], decay[kFewRows + W];
+  for (int64_t r = 0; r < kFewRows + W; ++r) {
+    largest[r] = T(-kInfinity);
+    total[r] = T(0);
+  }
+
+  const PanelRange& range = panel.range;
+  for (int segment = 0; segment < 2; ++segment) {
+    const bool sinks = segment == 0;
+    const int64_t start = sinks ? range.sinks_start : range.start, stop = sinks ? range.sinks_stop : range.stop;
+    const T* queries = sinks ? scratch.queries_of_sinks : scratch.queries;
+    for (int64_t first = start; first < stop; first += kKeyBlock) {
+      const int64_t keys = smaller(kKeyBlock, stop - first);
+      with_rows<T>(p, tile.sequence, tile.kv_head, p.k, first, keys, p.head_dim, turns_keys(p), scratch.staging,
+                   [&](auto stored, const Block& block, int64_t columns) {
+                     by_rows<T>(rows, [&](auto count, int64_t r) {
+                       dot_products<decltype(stored), decltype(count)::value>(block, columns, queries + r * width,
+                                                                              width, scratch.scores + r);
+                     });
+                   });
+      if (adjusts(p)) adjust<T>(panel, first, keys, scratch.scores, nullptr);
+      hide<T>(panel, first, keys, scratch.scores);
+      weigh_block<T>(keys, rows, exponent, scratch.scores, largest, total, decay);
+      with_rows<T>(p, tile.sequence, tile.kv_head, p.v, first, keys, p.v_head_dim, false, scratch.staging,
+                   [&](auto stored, const Block& block, int64_t columns) {
+                     using Stored = decltype(stored);
+                     by_rows<T>(rows, [&](auto count, int64_t r) {
+                       constexpr int R = decltype(count)::value;
+                       T* sums = scratch.sums + r * v_width;
+                       int64_t c = 0;
+                       for (; c + 4 * W <= columns; c += 4 * W)
+                         add_values<Stored, R, 4>(block, c, scratch.scores + r, decay + r, sums, v_width);
+                       for (; c < columns; c += W)
+                         add_values<Stored, R, 1>(block, c, scratch.scores + r, decay + r, sums, v_width);
+                     });
+                   });
+    }
+  }
+
+  for (int64_t r = 0; r < rows; ++r) {
+    T* values = scratch.sums + r * v_width;
+    const T inverse = total[r] == 0 ? T(0) : static_cast<T>(1 / static_cast<double>(total[r]));
+    const double lse = total[r] == 0
+                           ? -kInfinity
+                           : static_cast<double>(largest[r]) * exponent * kLn2 + ::log(static_cast<double>(total[r]));
+    for (int64_t c = 0; c < p.v_head_dim; ++c) values[c] *= inverse;
+    if (!tile.partial) {
+      finish_row<T>(panel, r, lse, values);
+      continue;
+    }
+    T* to = reinterpret_cast<T*>(tile.partial) + r * (p.v_head_dim + 1);
+    std::memcpy(to, values, p.v_head_dim * sizeof(T));
+    to[p.v_head_dim] = static_cast<T>(lse);
+  }
+}
+
+// Whether decode_tile computes a tile.
+inline bool has_few_rows(const AttentionParams& p, const QueryTile& tile) {
+  return tile.queries * (p.q_heads / p.kv_heads) <= kFewRows && p.dropout_p == 0;
+}
+
+}  // namespace
+}  // namespace longattn

@@ -1,0 +1,208 @@
+"""`longattn generate`: text from a decoder, as it comes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
+
+from longattn.errors import InvalidInput
+from longattn.integrations.huggingface import load_pretrained
+from longattn.models import Decoder, GenerationConfig, Sampling, beam_search, decode_bytes, stream
+from longattn.models.generation.text import Decode
+from longattn.training.checkpoint import load_model
+
+__all__ = ["generate"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+Encode = Callable[[str], list[int]]
+
+
+class _Tokenizer(NamedTuple):
+    """Text to token ids and back, and the ids that end a text."""
+
+    encode: Encode
+    decode: Decode
+    stop_tokens: tuple[int, ...]
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.argument("prompts", nargs=-1)
+@click.option(
+    "--file",
+    "files",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    help="A prompt from a file; repeatable.",
+)
+@click.option("--max-new-tokens", default=256, help="Of each text.")
+@click.option("--temperature", default=0.0, help="0: always the likeliest token.")
+@click.option("--top-k", type=int, help="Draw from the k likeliest tokens.")
+@click.option("--top-p", default=1.0, help="Draw from the likeliest tokens that together reach p.")
+@click.option("--repetition-penalty", default=1.0, help="Above 1, tokens that the text has become less likely.")
+@click.option("--beams", default=1, help="Above 1: a beam search.")
+@click.option("--length-penalty", default=1.0, help="Of a beam search: above 0 prefers longer texts.")
+@click.option("--stop", multiple=True, help="A string that ends the text; repeatable.")
+@click.option("--draft", type=click.Path(exists=True, path_type=Path), help="A small model that guesses ahead.")
+@click.option("--draft-tokens", default=4, help="How many tokens it guesses at a time.")
+@click.option("--window", type=int, help="All layers see this many tokens only: memory stays constant.")
+@click.option("--sinks", default=0, help="And the first so many.")
+@click.option(
+    "--positions",
+    type=click.Choice(["original", "cache"]),
+    default="original",
+    help="Of sliding layers, in the rotation: those in the stream, or in the window (StreamingLLM).",
+)
+@click.option("--dtype", type=click.Choice(_DTYPES), default="float32", help="Of the weights.")
+@click.option("--cache-dtype", type=click.Choice([*_DTYPES, "int8"]), help="Of the caches; the weights' by default.")
+@click.option("--device", default="cpu", help="Where to run.")
+@click.option("--seed", default=0, help="Of what is drawn.")
+def generate(
+    checkpoint: Path,
+    prompts: tuple[str, ...],
+    files: tuple[Path, ...],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    repetition_penalty: float,
+    beams: int,
+    length_penalty: float,
+    stop: tuple[str, ...],
+    draft: Path | None,
+    draft_tokens: int,
+    window: int | None,
+    sinks: int,
+    positions: str,
+    dtype: str,
+    cache_dtype: str | None,
+    device: str,
+    seed: int,
+) -> None:
+    """Go on from PROMPTS with the model of CHECKPOINT.
+
+    CHECKPOINT is a file that `longattn train` saved, over bytes, or a folder of a Llama-style model with its tokenizer
+    (needs transformers). One text on a terminal is shown as it comes, and several, or into a file, when all is done.
+    """
+    texts = [*prompts, *(file.read_text(encoding="utf-8") for file in files)]
+    if not texts:
+        raise InvalidInput("PROMPTS", "at least one text, or --file", "none")
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+    if beams != 1 and draft is not None:
+        raise InvalidInput("--draft", "none with --beams", draft)
+    model, tokenizer = _load(checkpoint, dtype, device)
+    if window is not None or sinks:
+        model = model.extended(window=window, sinks=sinks)
+    drafting = None if draft is None else _load(draft, dtype, device)[0]
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        stop_tokens=tokenizer.stop_tokens,
+        draft_tokens=draft_tokens,
+        cache_dtype=None if cache_dtype is None else getattr(torch, cache_dtype),
+        positions=positions,
+    )
+    ids = [tokenizer.encode(text) for text in texts]
+    shows = len(ids) == 1 and beams == 1 and sys.stdout.isatty()
+    console = Console(stderr=True, highlight=False, markup=False)
+    with _Line(console, sum(map(len, ids)), hidden=shows) as line:
+        if beams != 1:
+            found = beam_search(model, ids, config, beams=beams, length_penalty=length_penalty, decode=tokenizer.decode)
+            line.add(sum(len(best[0].tokens) for best in found), drafted=0)
+            results = [best[0].text or "" for best in found]
+        else:
+            results = [""] * len(ids)
+            generator = torch.Generator().manual_seed(seed)
+            try:
+                for piece in stream(model, ids, config, decode=tokenizer.decode, draft=drafting, generator=generator):
+                    results[piece.sequence] += piece.text
+                    line.add(1, drafted=int(piece.drafted))
+                    if shows:
+                        click.echo(piece.text, nl=False)
+            except KeyboardInterrupt:
+                line.interrupted = True
+    if shows:
+        click.echo()
+    else:
+        _print(results)
+    console.print(line.summary(), soft_wrap=True)
+    if line.interrupted:
+        sys.exit(130)
+
+
+def _load(checkpoint: Path, dtype: str, device: str) -> tuple[Decoder, _Tokenizer]:
+    if checkpoint.is_dir():
+        from transformers import AutoTokenizer
+
+        hf = AutoTokenizer.from_pretrained(checkpoint)
+        model = load_pretrained(checkpoint)
+        stop_tokens = () if hf.eos_token_id is None else (hf.eos_token_id,)
+        tokenizer = _Tokenizer(
+            hf.encode, lambda ids: str(hf.decode(ids, clean_up_tokenization_spaces=False)), stop_tokens
+        )
+    else:
+        model = load_model(checkpoint)
+        if model.config.vocab_size != 256:
+            raise InvalidInput("CHECKPOINT", "a model over 256 bytes, or a folder", model.config.vocab_size)
+        tokenizer = _Tokenizer(lambda text: list(text.encode()), decode_bytes, ())
+    return model.to(device, getattr(torch, dtype)), tokenizer
+
+
+def _print(texts: Iterable[str]) -> None:
+    for number, text in enumerate(texts):
+        if number:
+            click.echo("---")
+        click.echo(text)
+
+
+class _Line:
+    """How far it is, on the error stream, while nothing else is shown; tokens and seconds in any case."""
+
+    def __init__(self, console: Console, prompt_tokens: int, hidden: bool) -> None:
+        self.interrupted = False
+        self._prompt_tokens = prompt_tokens
+        self._tokens = self._drafted = 0
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True, disable=hidden
+        )
+        self._task = self._progress.add_task(f"reading {prompt_tokens:,} tokens")
+        self._start = self._first = self._last = time.perf_counter()
+
+    def __enter__(self) -> _Line:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def add(self, tokens: int, drafted: int) -> None:
+        """So many more tokens have come."""
+        self._last = time.perf_counter()
+        if not self._tokens:
+            self._first = self._last
+        self._tokens += tokens
+        self._drafted += drafted
+        self._progress.update(self._task, description=self.summary())
+
+    def summary(self) -> str:
+        """Tokens, tokens per second after the first, and how long that took to come."""
+        parts = [f"{self._tokens:,} tokens"]
+        if self._last > self._first:
+            parts.append(f"{(self._tokens - 1) / (self._last - self._first):,.1f} tokens/s")
+        parts.append(f"{self._prompt_tokens:,} tokens of prompts, first answer after {self._first - self._start:.2f} s")
+        if self._drafted:
+            parts.append(f"{self._drafted / self._tokens:.0%} guessed by the draft model")
+        if self.interrupted:
+            parts.append("interrupted")
+        return "; ".join(parts)

@@ -1,0 +1,44 @@
+"""What one side's config must say for the other side to compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from longattn.errors import InvalidInput
+from longattn.models import STYLES, TransformerConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["require", "require_style"]
+
+_STRUCTURE = (
+    "architecture",
+    "positions",
+    "norm",
+    "norm_first",
+    "embedding_norm",
+    "feed_forward",
+    "bias",
+    "scale_embeddings",
+    "tie_embeddings",
+    "norm_eps",
+)
+
+
+def require(config: PreTrainedConfig, **expected: Any) -> None:
+    """Raise InvalidInput unless these options of a Hugging Face config, where it has them, have these values."""
+    for name, value in expected.items():
+        if getattr(config, name, value) != value:
+            raise InvalidInput("config", f"{name} {value!r}", repr(getattr(config, name)))
+
+
+def require_style(config: TransformerConfig, style: str, free: Sequence[str] = ()) -> None:
+    """Raise InvalidInput unless our config is of a style in all but sizes, dropout and what is named free."""
+    defaults = {field.name: field.default for field in fields(config)}
+    for name in _STRUCTURE:
+        expected = STYLES[style].get(name, defaults[name])
+        if name not in free and getattr(config, name) != expected:
+            raise InvalidInput("config", f"{name} {expected!r}, as the style {style!r}", repr(getattr(config, name)))

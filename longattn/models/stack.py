@@ -1,0 +1,188 @@
+"""From embedded tokens to the output of the last block: what encoders and decoders have in common.
+
+Shapes: B sequences, N tokens, M tokens of an encoder's output, C model width, V token ids; T tokens of all packed
+sequences, one after another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from longattn.cache import Cache
+from longattn.errors import InvalidInput
+from longattn.models.blocks import Block, make_norm
+from longattn.models.config import TransformerConfig
+
+__all__ = ["Stack", "check_ids", "draw_weights", "sinusoids"]
+
+_INIT_STD = 0.02  # GPT-2 and BERT
+_ADD_TO_THE_STREAM = ("o_proj.weight", "down_proj.weight")
+
+
+class Stack(nn.Module):
+    """Positions, token types, blocks and the last norm; the token embeddings are the caller's.
+
+    Args:
+        config: of the model.
+        layers: how many blocks.
+        causal, cross_attention: of each `Block`.
+    """
+
+    def __init__(self, config: TransformerConfig, layers: int, *, causal: bool, cross_attention: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        learned = config.positions == "learned"
+        self.position_embedding = nn.Embedding(config.max_length, config.dim) if learned else None
+        self.type_embedding = nn.Embedding(config.token_types, config.dim) if config.token_types else None
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            Block(config, layer, causal=causal, cross_attention=cross_attention) for layer in range(layers)
+        )
+        self.norm: nn.Module = make_norm(config) if config.norm_first else nn.Identity()
+
+    def run(
+        self, x: Tensor, *, token_types: Tensor | None = None, caches: Sequence[Cache] | None = None, **attention: Any
+    ) -> Tensor:
+        """The output of the last block, normalised: [B, N, C], or [T, C] if packed.
+
+        Args:
+            x: token embeddings [B, N, C]; with cu_seqlens [T, C].
+            token_types: int, x's shape without C; all 0 by default, where the model has types.
+            caches: one a layer, for rotary positions.
+            attention: what `Block.forward` takes.
+
+        Raises:
+            InvalidInput: more tokens than learned positions, token types out of range, or caches of another model.
+        """
+        if caches is not None and len(caches) != len(self.blocks):
+            raise InvalidInput("caches", f"{len(self.blocks)}, one a layer", len(caches))
+        if caches is not None and self.config.positions != "rope":
+            raise InvalidInput(
+                "caches", f"None for positions {self.config.positions!r}, which do not continue", "caches"
+            )
+        x, attention = self._enter(x, token_types, attention)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cache=None if caches is None else caches[layer], **attention)
+        return self.norm(x)
+
+    def weights_of(
+        self,
+        layer: int,
+        rows: Sequence[int] | Tensor,
+        x: Tensor,
+        *,
+        cross: bool = False,
+        token_types: Tensor | None = None,
+        **attention: Any,
+    ) -> Tensor:
+        """The attention weights of some tokens in one layer, [B, Hq, R, N]; of the memory, [B, Hq, R, M], if cross.
+
+        Other arguments as in `run`, but packed sequences.
+        """
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(self.blocks):
+            raise InvalidInput("layer", f"an int in [0, {len(self.blocks)})", repr(layer))
+        x, attention = self._enter(x, token_types, attention)
+        for block in self.blocks[:layer]:
+            x = block(x, **attention)
+        block = cast(Block, self.blocks[layer])
+        return block.weights(x, rows, cross=cross, **attention)
+
+    def _enter(self, x: Tensor, token_types: Tensor | None, attention: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """What the first block takes."""
+        config, cu_seqlens = self.config, attention.get("cu_seqlens")
+        if cu_seqlens is not None and attention.get("max_seqlen") is None:
+            attention = {**attention, "max_seqlen": int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0}
+        if config.scale_embeddings:
+            x = x * math.sqrt(config.dim)
+        if config.positions != "rope":
+            places = torch.arange(x.shape[-2], device=x.device)
+            if cu_seqlens is not None:
+                places = _places_in_sequences(places, cu_seqlens)
+            x = x + self._position_vectors(places, attention.get("max_seqlen") or x.shape[-2]).to(x.dtype)
+        if self.type_embedding is not None:
+            if token_types is None:
+                token_types = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
+            check_ids("token_types", token_types, config.token_types, x.dim() - 1)
+            x = x + self.type_embedding(token_types)
+        elif token_types is not None:
+            raise InvalidInput("token_types", "None for a model without token types", "a tensor")
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return self.dropout(x), attention
+
+    def _position_vectors(self, places: Tensor, length: int) -> Tensor:
+        if self.position_embedding is None:
+            return sinusoids(places, self.config.dim)
+        if length > self.config.max_length:
+            raise InvalidInput("tokens", f"at most max_length {self.config.max_length} (learned positions)", length)
+        return self.position_embedding(places)
+
+
+def sinusoids(places: Tensor, dim: int) -> Tensor:
+    """The sinusoidal positions of Vaswani et al. (arXiv 1706.03762, section 3.5), interleaved as there.
+
+        PE[p, 2i] = sin(p / 10000^(2i / dim)),   PE[p, 2i + 1] = cos of the same
+
+    Args:
+        places: int or floating [...].
+        dim: even.
+
+    Returns:
+        float32 [..., dim].
+    """
+    # In float32 an angle of a far place would be off by thousandths of a turn.
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=places.device) / dim
+    angles = places[..., None].double() * torch.pow(10000.0, -exponents)
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2).float()
+
+
+def draw_weights(model: nn.Module, config: TransformerConfig) -> None:
+    """Draw a model's weights: normal, 0.02 wide; biases 0.
+
+    Pre-norm: narrower by the square root of how many layers add to the residual stream, where one does (Radford et al.,
+    Language Models are Unsupervised Multitask Learners (GPT-2), 2019, section 2.3). Scaled token embeddings:
+    1 / sqrt(dim) wide, so that they enter with a variance of 1.
+    """
+    for kind in (nn.Embedding, nn.Linear):  # an order that does not hang on how a model is put together
+        for module in model.modules():
+            if isinstance(module, kind):
+                nn.init.normal_(module.weight, std=_INIT_STD)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+    if config.norm_first:
+        for stack in model.modules():
+            if isinstance(stack, Stack):
+                sums = sum(3 if block.cross_attention is not None else 2 for block in stack.blocks)
+                for name, weight in stack.blocks.named_parameters():
+                    if name.endswith(_ADD_TO_THE_STREAM):
+                        nn.init.normal_(weight, std=_INIT_STD / math.sqrt(sums))
+    if config.scale_embeddings:
+        for name, weight in model.named_parameters():
+            if name in ("embedding.weight", "source_embedding.weight"):
+                nn.init.normal_(weight, std=config.dim**-0.5)
+
+
+def check_ids(name: str, ids: Tensor, count: int, dims: int = 2) -> None:
+    """Raise InvalidInput unless these are ids below `count`, [B, N], or [T] for dims 1."""
+    expected = f"an int tensor {'[B, N]' if dims == 2 else '[T]'} of ids in [0, {count})"
+    if not isinstance(ids, Tensor) or ids.dim() != dims or ids.dtype not in (torch.int32, torch.int64):
+        got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise InvalidInput(name, expected, got)
+    if torch.compiler.is_compiling() or not ids.numel():
+        return
+    low, high = torch.stack(ids.aminmax()).tolist()
+    if low < 0 or high >= count:
+        raise InvalidInput(name, expected, f"ids {low}..{high}")
+
+
+def _places_in_sequences(places: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Where each packed token stands in its own sequence."""
+    sequence = torch.searchsorted(cu_seqlens.to(torch.int64), places, right=True) - 1
+    inside = sequence < len(cu_seqlens) - 1
+    return torch.where(inside, places - cu_seqlens[sequence], 0)

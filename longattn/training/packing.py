@@ -1,0 +1,189 @@
+"""Whole documents side by side in one sequence, none of which sees another, and token files larger than memory.
+
+A token file holds all documents one after another, and `<name>.ends` where each ends; both are mapped, not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longattn.errors import InvalidInput
+
+__all__ = ["PackedDocuments", "TokenFile", "pack", "write_token_file"]
+
+
+def write_token_file(
+    path: Path, documents: Iterable[str], encode: Callable[[str], Sequence[int]], vocab_size: int
+) -> TokenFile:
+    """Encode documents to a file, one at a time; documents without tokens are left out.
+
+    Args:
+        path: replaced only once all is written.
+        encode: of a document to ids, such as lambda text: tokenizer.encode(text).ids, or str.encode for bytes.
+        vocab_size: V; decides whether an id takes 1, 2 or 4 bytes.
+
+    Raises:
+        InvalidInput: an id out of range, or no tokens at all.
+    """
+    path = Path(path)
+    dtype = np.dtype(np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.uint32)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    ends: list[int] = []
+    try:
+        with temporary.open("wb") as file:
+            for document in documents:
+                ids = np.asarray(list(encode(document)), dtype=np.int64)
+                if not len(ids):
+                    continue
+                if ids.min() < 0 or ids.max() >= vocab_size:
+                    raise InvalidInput("encode", f"ids in [0, {vocab_size})", f"{ids.min()}..{ids.max()}")
+                file.write(ids.astype(dtype).tobytes())
+                ends.append((ends[-1] if ends else 0) + len(ids))
+        if not ends:
+            raise InvalidInput("documents", "at least one with a token", "none")
+        header = np.array([vocab_size, dtype.itemsize, *ends], dtype=np.uint64)
+        ends_file = _ends_file(path)
+        # Without its ends, the old file is none: a torn replacement cannot pass for a whole one.
+        ends_file.unlink(missing_ok=True)
+        os.replace(temporary, path)
+        partial = ends_file.with_name(f".{ends_file.name}.{os.getpid()}.tmp")
+        partial.write_bytes(header.tobytes())
+        os.replace(partial, ends_file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return TokenFile(path)
+
+
+class TokenFile:
+    """The documents of a token file, as sequences of ids; mapped from disk.
+
+    Args:
+        path: as `write_token_file` wrote it.
+
+    Raises:
+        InvalidInput: no such file, or a truncated one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        ends_file = _ends_file(self.path)
+        for file in (self.path, ends_file):
+            if not file.is_file():
+                raise InvalidInput("path", "a token file and its .ends", f"no {file}")
+        data = ends_file.read_bytes()
+        header = np.frombuffer(data[: len(data) // 8 * 8], dtype=np.uint64)
+        if len(data) % 8 or len(header) < 3 or header[1] not in (1, 2, 4):
+            raise InvalidInput("path", "a complete .ends file", ends_file)
+        self.vocab_size = int(header[0])
+        self._ends = header[2:].astype(np.int64)
+        dtype = np.dtype(f"u{int(header[1])}")
+        wanted, size = int(self._ends[-1]) * dtype.itemsize, self.path.stat().st_size
+        if size != wanted:
+            raise InvalidInput("path", f"a token file of {wanted} bytes", f"{size} bytes in {self.path}")
+        self._tokens = np.memmap(self.path, dtype=dtype, mode="r")
+
+    def __len__(self) -> int:
+        """How many documents."""
+        return len(self._ends)
+
+    def __getitem__(self, document: int) -> Tensor:
+        """The ids of a document, int64 [N]."""
+        if not 0 <= document < len(self):
+            raise IndexError(document)
+        start = int(self._ends[document - 1]) if document else 0
+        return torch.from_numpy(self._tokens[start : int(self._ends[document])].astype(np.int64))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The tokens of each document, int64 [documents]."""
+        return np.diff(self._ends, prepend=0)
+
+    def digest(self) -> str:
+        """A fingerprint of the documents' lengths and the vocabulary."""
+        return hashlib.sha256(self._ends.tobytes() + str(self.vocab_size).encode()).hexdigest()[:16]
+
+
+def pack(documents: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Documents as the arguments of `Decoder.loss`: each predicts its own next tokens, and sees nothing of the others.
+
+    Args:
+        documents: int64 [N_i] each, at least one token; one of a single token has nothing to predict and is left out.
+
+    Returns:
+        tokens and targets, int64 [T]; cu_seqlens, int32 [documents + 1].
+
+    Raises:
+        InvalidInput: an empty document, or none with two tokens.
+    """
+    for document in documents:
+        if document.dim() != 1 or not len(document) or document.dtype != torch.int64:
+            got = f"{document.dtype} of shape {tuple(document.shape)}"
+            raise InvalidInput("documents", "int64 tensors [N] of at least one token", got)
+    documents = [document for document in documents if len(document) > 1]
+    if not documents:
+        raise InvalidInput("documents", "at least one of two tokens", "none")
+    lengths = torch.tensor([0, *(len(document) - 1 for document in documents)])
+    return {
+        "tokens": torch.cat([document[:-1] for document in documents]),
+        "targets": torch.cat([document[1:] for document in documents]),
+        "cu_seqlens": lengths.cumsum(0).to(torch.int32),
+    }
+
+
+class PackedDocuments:
+    """Training batches of whole documents, packed up to a number of tokens; longer ones are cut to windows of it.
+
+    Every batch has the same number of tokens: the last document is cut to fit. Documents are drawn by their length, so
+    that every token is as likely as any other. The batch of a step hangs on the seed and the step alone.
+
+    Args:
+        documents: where the text is.
+        tokens: T, tokens a batch, at least 2.
+        seed: of what is drawn.
+
+    Raises:
+        InvalidInput: no document has two tokens.
+    """
+
+    def __init__(self, documents: TokenFile, *, tokens: int, seed: int = 0) -> None:
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 2:
+            raise InvalidInput("tokens", "an int >= 2", repr(tokens))
+        lengths = documents.lengths
+        self._usable = np.flatnonzero(lengths > 1)
+        if not len(self._usable):
+            raise InvalidInput("documents", "at least one of two tokens", f"{len(documents)} of one")
+        self._cumulative = np.cumsum(lengths[self._usable])
+        self.documents = documents
+        self.tokens = tokens
+        self.seed = seed
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """What `pack` returns, of T tokens."""
+        rng = np.random.default_rng([self.seed, step])
+        chosen: list[Tensor] = []
+        room = self.tokens
+        while room:
+            place = rng.integers(self._cumulative[-1])
+            document = self.documents[int(self._usable[np.searchsorted(self._cumulative, place, side="right")])]
+            if len(document) > room + 1:
+                start = int(rng.integers(len(document) - room))
+                document = document[start : start + room + 1]
+            chosen.append(document)
+            room -= len(document) - 1
+        return pack(chosen)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the batches, in plain Python values."""
+        return {"tokens": self.tokens, "seed": self.seed, "documents": self.documents.digest()}
+
+
+def _ends_file(path: Path) -> Path:
+    return path.with_name(path.name + ".ends")

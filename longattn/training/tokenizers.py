@@ -1,0 +1,114 @@
+"""Tokenizers trained with Hugging Face's tokenizers library: byte-level BPE and WordPiece.
+
+Bytes need none: `ByteCorpus` reads them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longattn.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["SPECIAL_TOKENS", "load_tokenizer", "train_bpe", "train_wordpiece"]
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # BERT's
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, *, special_tokens: Sequence[str] = ("<|endoftext|>",)
+) -> Tokenizer:
+    """Byte-level byte-pair encoding, GPT-2's: every text has tokens, and they give it back byte for byte.
+
+    Sennrich et al., arXiv 1508.07909; Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
+
+    Args:
+        texts: read once, as a stream.
+        vocab_size: V, at least 256 bytes and the special tokens. Little text gives fewer.
+        special_tokens: the first ids.
+
+    Raises:
+        InvalidInput: no text, or too small a vocabulary.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    least = 256 + len(special_tokens)
+    _check_size(vocab_size, least)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    return _trained(tokenizer, texts, trainer)
+
+
+def train_wordpiece(
+    texts: Iterable[str], vocab_size: int, *, lowercase: bool = True, special_tokens: Sequence[str] = SPECIAL_TOKENS
+) -> Tokenizer:
+    """WordPiece, BERT's: pieces of words, "##" before those that go on; what has none is [UNK].
+
+    Args:
+        texts: read once, as a stream.
+        vocab_size: V. Little text gives fewer.
+        lowercase: also strips accents.
+        special_tokens: the first ids; [UNK] is one of them.
+
+    Raises:
+        InvalidInput: no text, too small a vocabulary, or no [UNK].
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    if "[UNK]" not in special_tokens:
+        raise InvalidInput("special_tokens", "[UNK] among them", list(special_tokens))
+    _check_size(vocab_size, len(special_tokens) + 1)
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(special_tokens), show_progress=False)
+    return _trained(tokenizer, texts, trainer)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, as `Tokenizer.save` writes it.
+
+    Raises:
+        InvalidInput: no such file, or a damaged one.
+    """
+    from tokenizers import Tokenizer
+
+    path = Path(path)
+    if not path.is_file():
+        raise InvalidInput("tokenizer", "a file that exists", path)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower one
+        raise InvalidInput("tokenizer", "a complete tokenizer.json", f"{path}: {error}") from error
+
+
+def _trained(tokenizer: Any, texts: Iterable[str], trainer: Any) -> Any:
+    seen = False
+
+    def counted() -> Iterable[str]:
+        nonlocal seen
+        for text in texts:
+            seen = seen or bool(text.strip())
+            yield text
+
+    tokenizer.train_from_iterator(counted(), trainer)
+    if not seen:
+        raise InvalidInput("texts", "at least one that is not empty", "none")
+    return tokenizer
+
+
+def _check_size(vocab_size: object, least: int) -> None:
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < least:
+        raise InvalidInput("vocab_size", f"an int >= {least}", repr(vocab_size))
