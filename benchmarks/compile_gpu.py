@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from longattn.backends.base import Gradients
-from longattn.backends.triton import config, launch
+from longattn.backends.triton import attention, config, launch
 from longattn.mask import Mask
 from longattn.problem import Problem, Tensors, present_features
 
@@ -143,7 +143,7 @@ def _call(case: Case) -> None:
         batch, q_heads, kv_heads, n, n, case.width, case.width, case.dtype, "meta", mask, case.width**-0.5,
         softcap=softcap, dropout_p=dropout_p, features=present_features(tensors, softcap, dropout_p),
     )  # fmt: skip
-    call = launch.Call(problem, tensors, case.architecture, interpreted=False)
+    call = attention.Call(problem, tensors, case.architecture, interpreted=False)
     call.forward(out, lse)
     grads = Gradients(
         *(None if x is None else torch.empty_like(x) for x in (getattr(tensors, name) for name in Gradients._fields))

@@ -11,6 +11,7 @@ import torch
 
 _PROVEN = Path(__file__).with_name("proven.json")
 _OLDEST = 80
+_MULTIPROCESSORS = 132
 _TOLERANCE = 2e-2  # of a float16 result against float64; a wrong kernel is off by its whole size
 
 
@@ -19,6 +20,13 @@ def of_this_device() -> int:
     if not torch.cuda.is_available():
         return _OLDEST
     return _capability(torch.cuda.current_device())
+
+
+def multiprocessors() -> int:
+    """Of the current GPU; those of an H200 where there is none."""
+    if not torch.cuda.is_available():
+        return _MULTIPROCESSORS
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
 def proven() -> dict[str, str]:
@@ -60,7 +68,7 @@ def _fault(device: int) -> str | None:
 def self_check(device: torch.device) -> str | None:
     """Run a small call forward and backward on `device` and compare with plain attention; what is wrong, or None."""
     from longattn.backends.base import Gradients
-    from longattn.backends.triton import launch
+    from longattn.backends.triton import attention
     from longattn.mask import Mask
     from longattn.problem import Problem, Tensors
 
@@ -87,7 +95,7 @@ def self_check(device: torch.device) -> str | None:
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     try:
         with torch.cuda.device_of(q):
-            call = launch.Call(problem, Tensors(q, k, v), of_this_device(), device.type == "cpu")
+            call = attention.Call(problem, Tensors(q, k, v), of_this_device(), device.type == "cpu")
             call.forward(out, lse)
             call.backward(out, lse, dout, None, Gradients(dq, dk, dv))
     except Exception as error:  # whatever a compiler or driver may throw: the call then goes to another backend

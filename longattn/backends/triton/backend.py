@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longattn.backends.base import Backend, Gradients
 from longattn.backends.triton import architecture
-from longattn.problem import Problem, Tensors
+from longattn.problem import CacheTensors, Problem, Slots, Tensors
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LONGEST = 1 << 29  # positions and window sides are summed in 32 bits
@@ -35,6 +35,8 @@ class TritonBackend(Backend):
         found = []
         if problem.dtype not in _DTYPES:
             found.append(f"runs float16, bfloat16 and float32, not {str(problem.dtype)[6:]}")
+        if problem.storage == torch.float64:
+            found.append("reads caches of float32, bfloat16, float16 and int8, not float64")
         for name, width in (("head_dim", problem.head_dim), ("v_head_dim", problem.v_head_dim)):
             if width > 512:
                 found.append(f"{name} is at most 512, not {width}")
@@ -48,7 +50,7 @@ class TritonBackend(Backend):
 
     def forward(self, problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> None:
         with _device_of(out):
-            _launch().Call(problem, tensors, architecture.of_this_device(), _interpreted()).forward(out, lse)
+            _attention().Call(problem, tensors, architecture.of_this_device(), _interpreted()).forward(out, lse)
 
     def backward(
         self,
@@ -61,8 +63,16 @@ class TritonBackend(Backend):
         grads: Gradients,
     ) -> None:
         with _device_of(out):
-            call = _launch().Call(problem, tensors, architecture.of_this_device(), _interpreted())
+            call = _attention().Call(problem, tensors, architecture.of_this_device(), _interpreted())
             call.backward(out, lse, dout, dlse, grads)
+
+    def append(self, problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
+        with _device_of(slots.k):
+            _cached().append(problem, tensors, slots)
+
+    def decode(self, problem: Problem, tensors: CacheTensors, slots: Slots, out: Tensor, lse: Tensor) -> None:
+        with _device_of(out):
+            _cached().decode(problem, tensors, slots, out, lse, _interpreted())
 
     def rope(
         self,
@@ -75,7 +85,8 @@ class TritonBackend(Backend):
         out: Tensor,
     ) -> None:
         with _device_of(out):
-            _launch().rope(x, inv_freq, positions, factor, interleaved, inverse, out)
+            attention = _attention()
+            attention.rope([attention.Turn(x, positions, out)], inv_freq, factor, interleaved, inverse)
 
 
 @functools.cache
@@ -91,10 +102,16 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _launch() -> ModuleType:
-    from longattn.backends.triton import launch
+def _attention() -> ModuleType:
+    from longattn.backends.triton import attention
 
-    return launch
+    return attention
+
+
+def _cached() -> ModuleType:
+    from longattn.backends.triton import cached
+
+    return cached
 
 
 def _device_of(x: Tensor) -> torch.cuda.device_of:

@@ -22,7 +22,7 @@ from longattn.backends.triton.mask import (
     visible,
 )
 from longattn.backends.triton.scores import LOG2E, scores, slope_of, unit
-from longattn.backends.triton.tiles import load_rows, narrow, product, program_of, rows_of, store_rows
+from longattn.backends.triton.tiles import load_rows, load_tile, narrow, product, program_of, rows_of, store_rows
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def delta_kernel(
     out_rows, dout_rows, lse, dlse, delta, n, heads, V_WIDTH: tl.constexpr, DV: tl.constexpr, M: tl.constexpr
 ):
     """Fill delta [B, Hq, Nq]; 0 for queries that see nothing."""
-    tile, h, b = program_of(tl.cdiv(n, M), heads, False)
+    tile, h, b = program_of(tl.cdiv(n, M), heads, 1, False)
     first = tile * M
     i = first + tl.arange(0, M)
     inside = i < n
@@ -75,16 +75,20 @@ def score_gradient(
 
 @triton.jit
 def _add_queries(
-    acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, start, lse, delta, i, p, lo, hi, b, h, lq, lk, nk, slope,
-    mask, terms, dropout,
+    acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, start, lse, delta, i, p, lo,
+    hi, b, h, group, lq, lk, nk, slope, mask, terms, dropout,
     N: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr, TEST: tl.constexpr,
 ):  # fmt: skip
     """Add what keys start..start + N give to dq / scale, and to the slope's gradient of each query."""
     j = start + tl.arange(0, N)
     shown = keys_shown(mask, b, nk, j, lk)
-    k = load_rows(k_base, k_rows, start, shown, N, WIDTH, D, TEST)
-    v = load_rows(v_base, v_rows, start, shown, N, V_WIDTH, DV, TEST)
+    if TEST:
+        k = load_rows(k_base, k_rows, start, shown, N, WIDTH, D, True)
+        v = load_rows(v_base, v_rows, start, shown, N, V_WIDTH, DV, True)
+    else:
+        k = load_tile(k_tiles, k_base, k_rows, row, h // group, k_first, start, N, WIDTH, D)
+        v = load_tile(v_tiles, v_base, v_rows, row, h // group, k_first, start, N, V_WIDTH, DV)
     ds, derivative = score_gradient(
         q, k, v, dout, lse, delta, i, start, p, lo, hi, b, h, lq, lk, nk, slope, mask, terms, dropout,
         N, PLAIN, PRECISION, TEST,
@@ -97,13 +101,13 @@ def _add_queries(
 
 @triton.jit
 def query_gradient_kernel(
-    q_rows, k_rows, v_rows, dout_rows, dq_rows, lse, delta, dslopes, sequences, mask, terms, dropout, q_heads, group,
-    tiles,
+    q_rows, k_rows, v_rows, dout_rows, k_tiles, v_tiles, dq_rows, lse, delta, dslopes, sequences, mask, terms, dropout,
+    q_heads, group, tiles, together,
     WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fill dq, and each query's part of the slopes' gradient, dslopes float32 [B, Hq, Nq]."""
-    tile, h, b = program_of(tiles, q_heads, mask.right is not None)
+    tile, h, b = program_of(tiles, q_heads, together, mask.right is not None)
     row, q_first, lq, k_first, lk, shift = sequence(sequences, mask, b)
     first = tile * M
     if first >= lq:
@@ -130,18 +134,18 @@ def query_gradient_kernel(
         for n in range(left_tiles):
             at = tile_start(n, sink_start, sink_tiles, start, N)
             acc, dslope = _add_queries(
-                acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, at, x, d, i, p, lo, hi, b, h, lq, lk,
-                sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
+                acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, at, x, d, i,
+                p, lo, hi, b, h, group, lq, lk, sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
             )  # fmt: skip
     for at in range(middle, right, N):
         acc, dslope = _add_queries(
-            acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, at, x, d, i, p, lo, hi, b, h, lq, lk,
-            sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, False,
+            acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, at, x, d, i, p, lo, hi,
+            b, h, group, lq, lk, sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, False,
         )  # fmt: skip
     for at in range(right, stop, N):
         acc, dslope = _add_queries(
-            acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, at, x, d, i, p, lo, hi, b, h, lq, lk,
-            sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
+            acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, at, x, d, i, p, lo, hi,
+            b, h, group, lq, lk, sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
         )  # fmt: skip
 
     store_rows(rows_of(dq_rows, row, h, q_first), dq_rows, first, inside, acc * terms.scale, M, WIDTH, D)
@@ -151,8 +155,8 @@ def query_gradient_kernel(
 
 @triton.jit
 def _add_keys(
-    dk, dv, k, v, n, tiles, tiles_start, q_rows, dout_rows, row, q_first, lse, delta, first, shown, b, kv_head, group,
-    heads, lq, lk, shift, sequences, mask, terms, dropout,
+    dk, dv, k, v, n, tiles, tiles_start, q_rows, dout_rows, q_tiles, dout_tiles, row, q_first, lse, delta, first, shown, b, kv_head,
+    group, heads, lq, lk, shift, sequences, mask, terms, dropout,
     M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr, TEST: tl.constexpr,
 ):  # fmt: skip
@@ -167,9 +171,14 @@ def _add_keys(
     i = at + tl.arange(0, M)
     j = first + tl.arange(0, N)
     p = i + shift
-    # Only the last tile of a sequence is ragged, and it may be of any loop.
-    q = load_rows(rows_of(q_rows, row, h, q_first), q_rows, at, i < lq, M, WIDTH, D, True)
-    dout = load_rows(rows_of(dout_rows, row, h, q_first), dout_rows, at, i < lq, M, V_WIDTH, DV, True)
+    q_base = rows_of(q_rows, row, h, q_first)
+    dout_base = rows_of(dout_rows, row, h, q_first)
+    if TEST:
+        q = load_rows(q_base, q_rows, at, i < lq, M, WIDTH, D, True)
+        dout = load_rows(dout_base, dout_rows, at, i < lq, M, V_WIDTH, DV, True)
+    else:
+        q = load_tile(q_tiles, q_base, q_rows, row, h, q_first, at, M, WIDTH, D)
+        dout = load_tile(dout_tiles, dout_base, dout_rows, row, h, q_first, at, M, V_WIDTH, DV)
     x_row, d_row = row_statistics(lse, delta, statistics, i, lq)
     products = product(k, tl.trans(q), None, PRECISION)  # [N, D] @ [D, M]
     inside = (j < lk)[:, None] & (i < lq)[None, :]
@@ -193,13 +202,13 @@ def _add_keys(
 
 @triton.jit
 def key_gradient_kernel(
-    q_rows, k_rows, v_rows, dout_rows, dk_rows, dv_rows, lse, delta, sequences, mask, terms, dropout, kv_heads, group,
-    n_tiles,
+    q_rows, k_rows, v_rows, dout_rows, q_tiles, dout_tiles, dk_rows, dv_rows, lse, delta, sequences, mask, terms,
+    dropout, kv_heads, group, n_tiles, together,
     WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fill dk and dv of a tile of keys, summed over the query heads that read it."""
-    tile, kv_head, b = program_of(n_tiles, kv_heads, False)
+    tile, kv_head, b = program_of(n_tiles, kv_heads, together, False)
     row, q_first, lq, k_first, lk, shift = sequence(sequences, mask, b)
     first = tile * N
     if first >= lk:
@@ -215,22 +224,22 @@ def key_gradient_kernel(
     tiles = tl.cdiv(middle - start, M)
     for n in range(tiles * group):
         dk, dv = _add_keys(
-            dk, dv, k, v, n, tiles, start, q_rows, dout_rows, row, q_first, lse, delta, first, shown, b, kv_head,
-            group, kv_heads * group, lq, lk, shift, sequences, mask, terms, dropout,
+            dk, dv, k, v, n, tiles, start, q_rows, dout_rows, q_tiles, dout_tiles, row, q_first, lse, delta, first,
+            shown, b, kv_head, group, kv_heads * group, lq, lk, shift, sequences, mask, terms, dropout,
             M, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
         )  # fmt: skip
     tiles = tl.cdiv(right - middle, M)
     for n in range(tiles * group):
         dk, dv = _add_keys(
-            dk, dv, k, v, n, tiles, middle, q_rows, dout_rows, row, q_first, lse, delta, first, shown, b, kv_head,
-            group, kv_heads * group, lq, lk, shift, sequences, mask, terms, dropout,
+            dk, dv, k, v, n, tiles, middle, q_rows, dout_rows, q_tiles, dout_tiles, row, q_first, lse, delta, first,
+            shown, b, kv_head, group, kv_heads * group, lq, lk, shift, sequences, mask, terms, dropout,
             M, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, False,
         )  # fmt: skip
     tiles = tl.cdiv(stop - right, M)
     for n in range(tiles * group):
         dk, dv = _add_keys(
-            dk, dv, k, v, n, tiles, right, q_rows, dout_rows, row, q_first, lse, delta, first, shown, b, kv_head,
-            group, kv_heads * group, lq, lk, shift, sequences, mask, terms, dropout,
+            dk, dv, k, v, n, tiles, right, q_rows, dout_rows, q_tiles, dout_tiles, row, q_first, lse, delta, first,
+            shown, b, kv_head, group, kv_heads * group, lq, lk, shift, sequences, mask, terms, dropout,
             M, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
         )  # fmt: skip
     store_rows(rows_of(dk_rows, row, kv_head, k_first), dk_rows, first, inside, dk * terms.scale, N, WIDTH, D)

@@ -56,10 +56,30 @@ _FLOAT: dict[int, Kernels] = {
     512: Kernels(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
 }
 
+# Calls on a cache, {padded head width: (few rows, many rows)} by the bytes of what products multiply. Memory is what
+# bounds few rows: their 16 are the queries, mostly one, of all heads that read the same keys.
+_DECODE: dict[int, dict[int, tuple[Tiles, Tiles]]] = {
+    2: {
+        64: (Tiles(16, 128, 4, 3), Tiles(64, 64, 4, 2)),
+        128: (Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2)),
+        256: (Tiles(16, 64, 4, 2), Tiles(64, 32, 8, 2)),
+        512: (Tiles(16, 32, 4, 2), Tiles(32, 32, 8, 1)),
+    },
+    4: {
+        64: (Tiles(16, 64, 4, 2), Tiles(32, 32, 4, 2)),
+        128: (Tiles(16, 32, 4, 2), Tiles(32, 32, 4, 1)),
+        256: (Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1)),
+        512: (Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+    },
+}
+LEAST_TILES = 4  # of keys, for a program of its own
+MOST_SPLITS = 128
+
 ARCHITECTURES = tuple(_HALF)  # compute capabilities, 10 * major + minor
 WIDTHS = (64, 128, 256, 512)
 LONGEST_TILE = 128  # rows
-ROPE_ENTRIES = 2048  # of a head's tile: tokens times pairs
+ROPE_ENTRIES = 1024  # of a head's tile: tokens times pairs
+ROPE_HEADS = 4
 MIN_WIDTH = 16  # what a product needs
 
 
@@ -74,3 +94,22 @@ def kernels(problem: Problem, architecture: int) -> Kernels:
     if problem.dtype == torch.float32:
         return _FLOAT[width]
     return _HALF[max(known for known in ARCHITECTURES if known <= max(architecture, 80))][width]
+
+
+def decode_tiles(problem: Problem) -> Tiles:
+    """The table's entry for a call on a cache."""
+    width = max(64, padded(max(problem.head_dim, problem.v_head_dim)))
+    few, many = _DECODE[product_dtype(problem).itemsize][width]
+    return few if problem.nq * problem.group <= few.m else many
+
+
+def product_dtype(problem: Problem) -> torch.dtype:
+    """What the queries of a call on a cache and its keys both fit; int8 keys fit all."""
+    stored = problem.storage
+    assert stored is not None
+    return problem.dtype if stored == torch.int8 else torch.promote_types(problem.dtype, stored)
+
+
+def uses_descriptors(problem: Problem, architecture: int) -> bool:
+    """Whether the hardware reads tiles by their descriptor: NVIDIA's from 9.0 on. Wide operands are not worth it."""
+    return problem.dtype != torch.float32 and architecture >= 90

@@ -20,20 +20,23 @@ from longattn.backends.triton.mask import (
     visible,
 )
 from longattn.backends.triton.scores import LN2, LOG2E, scores, slope_of, unit
-from longattn.backends.triton.tiles import load_rows, narrow, product, program_of, rows_of, store_rows
+from longattn.backends.triton.tiles import load_rows, load_tile, narrow, product, program_of, rows_of, store_rows
 
 
 @triton.jit
 def _attend(
-    acc, top, total, q, k_base, v_base, k_rows, v_rows, start, i, p, lo, hi, b, h, lq, lk, nk, slope,
-    mask, terms, dropout,
+    acc, top, total, q, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, start, i, p, lo, hi, b, h,
+    group, lq, lk, nk, slope, mask, terms, dropout,
     N: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr, TEST: tl.constexpr,
 ):  # fmt: skip
     """Take keys start..start + N in."""
     j = start + tl.arange(0, N)
     shown = keys_shown(mask, b, nk, j, lk)
-    k = load_rows(k_base, k_rows, start, shown, N, WIDTH, D, TEST)
+    if TEST:
+        k = load_rows(k_base, k_rows, start, shown, N, WIDTH, D, True)
+    else:
+        k = load_tile(k_tiles, k_base, k_rows, row, h // group, k_first, start, N, WIDTH, D)
     products = product(q, tl.trans(k), None, PRECISION)  # [M, D] @ [D, N]
     inside = (i < lq)[:, None] & (j < lk)[None, :]
     x, _ = scores(products, terms, b, h, i[:, None], j[None, :], p[:, None], inside, slope, PLAIN)
@@ -48,19 +51,23 @@ def _attend(
     total = total * shrink + tl.sum(weights, 1)
     if dropout.seed is not None:
         weights = tl.where(kept(dropout, b, h, i, start, N), weights, 0.0)
-    v = load_rows(v_base, v_rows, start, shown, N, V_WIDTH, DV, TEST)
+    if TEST:
+        v = load_rows(v_base, v_rows, start, shown, N, V_WIDTH, DV, True)
+    else:
+        v = load_tile(v_tiles, v_base, v_rows, row, h // group, k_first, start, N, V_WIDTH, DV)
     acc = product(narrow(weights, v, PRECISION), v, acc * shrink[:, None], PRECISION)  # [M, N] @ [N, DV]
     return acc, new_top, total
 
 
 @triton.jit
 def forward_kernel(
-    q_rows, k_rows, v_rows, out_rows, lse, sink_logits, sequences, mask, terms, dropout, q_heads, group, tiles,
+    q_rows, k_rows, v_rows, k_tiles, v_tiles, out_rows, lse, sink_logits, sequences, mask, terms, dropout, q_heads,
+    group, tiles, together,
     WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fill out and lse (float32 [B, Hq, Nq])."""
-    tile, h, b = program_of(tiles, q_heads, mask.right is not None)
+    tile, h, b = program_of(tiles, q_heads, together, mask.right is not None)
     row, q_first, lq, k_first, lk, shift = sequence(sequences, mask, b)
     first = tile * M
     if first >= lq:
@@ -89,22 +96,23 @@ def forward_kernel(
         for n in range(left_tiles):
             at = tile_start(n, sink_start, sink_tiles, start, N)
             acc, top, total = _attend(
-                acc, top, total, q, k_base, v_base, k_rows, v_rows, at, i, p, lo, hi, b, h, lq, lk,
-                sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
+                acc, top, total, q, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, at, i, p, lo,
+                hi, b, h, group, lq, lk, sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
             )  # fmt: skip
     for at in range(middle, right, N):
         acc, top, total = _attend(
-            acc, top, total, q, k_base, v_base, k_rows, v_rows, at, i, p, lo, hi, b, h, lq, lk,
-            sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, False,
+            acc, top, total, q, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, at, i, p, lo, hi, b, h,
+            group, lq, lk, sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, False,
         )  # fmt: skip
     for at in range(right, stop, N):
         acc, top, total = _attend(
-            acc, top, total, q, k_base, v_base, k_rows, v_rows, at, i, p, lo, hi, b, h, lq, lk,
-            sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
+            acc, top, total, q, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, at, i, p, lo, hi, b, h,
+            group, lq, lk, sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
         )  # fmt: skip
 
     seen = total > 0
-    share = tl.where(seen, 1.0 / total, 0.0)
+    total = tl.where(seen, total, 1.0)
+    share = 1.0 / total
     if dropout.seed is not None:
         share *= dropout.scale
     store_rows(rows_of(out_rows, row, h, q_first), out_rows, first, inside, acc * share[:, None], M, V_WIDTH, DV)

@@ -61,16 +61,22 @@ def keys_shown(mask, b, nk, j, lk):
 
 
 @triton.jit
-def visible(mask, p, j, shown, lo, hi):
-    """Whether queries at positions p see keys j, given keys_shown and query_bound; all broadcast together."""
-    seen = shown
-    if mask.right is not None:
-        seen = seen & (j <= p + mask.right)
+def near_or_sink(mask, p, j, shown):
+    """`shown` where keys j are not too old for queries at positions p."""
     if mask.left is not None:
         near = j >= p - mask.left
         if mask.sinks is not None:
             near = near | (j < mask.sinks)
-        seen = seen & near
+        shown = shown & near
+    return shown
+
+
+@triton.jit
+def visible(mask, p, j, shown, lo, hi):
+    """Whether queries at positions p see keys j, given keys_shown and query_bound; all broadcast together."""
+    seen = near_or_sink(mask, p, j, shown)
+    if mask.right is not None:
+        seen = seen & (j <= p + mask.right)
     if lo is not None:
         seen = seen & (lo <= j) & (j < hi)
     return seen

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from longattn.backends.triton.config import LONGEST_TILE
+from longattn.mask import Mask
+from longattn.problem import Problem
+
+_UNBOUNDED = 1 << 30  # a window side that no position reaches the end of
+
 
 class Rows(NamedTuple):
     """A tensor [B, H, N, D] with unit stride in D: its address, and strides in elements."""
@@ -13,6 +22,11 @@ class Rows(NamedTuple):
     head: Any
     token: Any
     wide: Any  # not None: offsets within a tile may exceed 32 bits
+
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        batch, head, token, _ = x.stride()
+        return cls(x, batch, head, token, 1 if token * LONGEST_TILE >= 2**31 else None)
 
 
 class Sequences(NamedTuple):
@@ -39,6 +53,22 @@ class Visibility(NamedTuple):
     hi: Any
     bounds_batch: Any  # stride of lo and hi
 
+    @classmethod
+    def of(cls, mask: Mask) -> Visibility:
+        """Of a mask alone."""
+        return cls(
+            left=None if mask.left is None else min(mask.left, _UNBOUNDED),
+            right=None if mask.right is None else min(mask.right, _UNBOUNDED),
+            sinks=min(mask.sinks, _UNBOUNDED) if mask.sinks else None,
+            shift=mask.offset,
+            from_end=int(mask.from_end),
+            offset=None,
+            key_mask=None,
+            lo=None,
+            hi=None,
+            bounds_batch=0,
+        )
+
 
 class ScoreTerms(NamedTuple):
     """How products become scores."""
@@ -53,6 +83,18 @@ class ScoreTerms(NamedTuple):
     slopes: Any  # float32 [Hq] or [B, Hq]
     slopes_batch: Any
 
+    @classmethod
+    def of(cls, problem: Problem, bias: Tensor | None, slopes: Tensor | None) -> ScoreTerms:
+        strides: tuple[int, ...] = (0, 0, 0, 0)
+        if bias is not None:
+            strides = tuple(0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
+            bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+        slopes = float32(slopes)
+        by_batch = slopes is not None and slopes.dim() == 2
+        return cls(
+            problem.scale, problem.softcap or None, bias, *strides, slopes, problem.q_heads if by_batch else 0
+        )
+
 
 class Dropout(NamedTuple):
     """An entry is dropped if its 32 random bits are below the threshold; what is kept is scaled up."""
@@ -60,3 +102,63 @@ class Dropout(NamedTuple):
     seed: Any  # int64 [1], or None: no dropout
     threshold: Any
     scale: Any
+
+
+class Pages(NamedTuple):
+    """problem.Slots: rows [P, Hkv, S] of keys and of values."""
+
+    k: Any  # floating or int8 [P, Hkv, S, D]
+    v: Any
+    k_scales: Any  # float32 [P, Hkv, S], of int8
+    v_scales: Any
+    table: Any  # int32 [B, places]
+    places: Any  # pages of a sequence; None: one
+    size: Any  # S
+    ring: Any  # None: no key takes another's slot
+    sinks: Any
+
+
+class Lengths(NamedTuple):
+    """Of the sequences of a call on a cache, and how their new tokens branch."""
+
+    key_lens: Any  # int32 [B]
+    query_lens: Any
+    tree: Any  # uint8 [Nq, Nq] or [B, Nq, Nq]
+    tree_batch: Any  # stride, 0 where sequences share it
+    depths: Any  # int32 [Nq] or [B, Nq]
+    depths_batch: Any
+
+
+class Rotation(NamedTuple):
+    """How the new tokens of a cache rotate."""
+
+    inv_freq: Any  # float32 [pairs] or [B, pairs], or None
+    inv_freq_batch: Any
+    positions: Any  # float32 [Nq] or [B, Nq], in place of where the tokens stand
+    positions_batch: Any
+    factor: Any
+    last: Any  # the farthest place, for queries of `far_rows`
+
+
+class Tables(NamedTuple):
+    """Cosines and sines, float32 [1 or B, places, pairs], of keys that rotate when they are read."""
+
+    cos: Any
+    sin: Any
+    batch: Any
+
+
+def float32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def plain_scores(problem: Problem) -> bool:
+    """Whether scores are products times a positive scale, which the exponential then takes on for nothing."""
+    return problem.scale > 0 and not {"softcap", "bias", "alibi_slopes"} & set(problem.features)
+
+
+def precision(problem: Problem, interpreted: bool) -> str:
+    """Of float32 products: as PyTorch's own matrix products have it."""
+    if interpreted:
+        return "widen"
+    return "tf32" if problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -5,13 +5,21 @@ import triton.language as tl
 
 
 @triton.jit
-def program_of(tiles, heads, REVERSED: tl.constexpr):
-    """(tile, head, sequence) of this program. REVERSED: last tiles, which see most under a causal mask, run first."""
+def program_of(tiles, heads, together, REVERSED: tl.constexpr):
+    """(tile, head, sequence) of this program.
+
+    Programs start in the order of their numbers, each where one has ended, so that under a causal mask those that see
+    most come first: all last tiles (first ones where not REVERSED) of `together` heads, then those before them.
+    """
     pid = tl.program_id(0)
-    tile = pid % tiles
+    first = pid // (tiles * together) * together
+    rest = pid % (tiles * together)
+    here = tl.minimum(together, tl.num_programs(0) // tiles - first)
+    tile = rest // here
     if REVERSED:
         tile = tiles - 1 - tile
-    return tile, (pid // tiles) % heads, pid // tiles // heads
+    head = first + rest % here
+    return tile, head % heads, head // heads
 
 
 @triton.jit
@@ -50,6 +58,20 @@ def load_rows(
         if WIDTH == BLOCK_WIDTH:
             return tl.load(places)
         return tl.load(places, mask=(tl.arange(0, BLOCK_WIDTH) < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def load_tile(
+    descriptor, base, rows, b, h, first, start, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+):
+    """Rows start..start + BLOCK, all of which exist, of the head at `base`; its row 0 is row `first` of the tensor.
+
+    By the tensor's descriptor, if there is one: the hardware then computes the addresses.
+    """
+    if descriptor is not None:
+        return tl.reshape(descriptor.load([b, h, first + start, 0]), (BLOCK, BLOCK_WIDTH))
+    else:
+        return load_rows(base, rows, start, None, BLOCK, WIDTH, BLOCK_WIDTH, False)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from helpers import check_attention, check_varlen, laid_out, random_packed, rand
 from longattn import Rope, Unsupported, scaling
 from longattn.backends import registry
 from longattn.backends.philox import uniform_bits
-from longattn.backends.triton import architecture, config, launch
+from longattn.backends.triton import architecture, attention, config
 from longattn.backends.triton.config import Kernels, Tiles
 from longattn.problem import Problem
 from tolerances import assert_within_budget
@@ -191,8 +191,8 @@ def test_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     big = Kernels(*[Tiles(128, 128, 4, 1)] * 4)
     monkeypatch.setattr(config, "kernels", lambda problem, architecture: big)
     assert architecture.self_check(torch.device("cpu")) is None
-    right = launch.Call._query_tiles
-    monkeypatch.setattr(launch.Call, "_query_tiles", lambda self, tiles: right(self, tiles) - 1)
+    right = attention.Call._query_tiles
+    monkeypatch.setattr(attention.Call, "_query_tiles", lambda self, tiles: right(self, tiles) - 1)
     fault = architecture.self_check(torch.device("cpu"))
     assert fault is not None and "is off by" in fault
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from longattn.backends.triton import mask as primitives
-from longattn.backends.triton.launch import _sequences, _visibility
+from longattn.backends.triton.attention import _sequences, _visibility
 from longattn.mask import Mask
 from longattn.problem import Tensors
 
