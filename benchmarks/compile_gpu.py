@@ -1,21 +1,27 @@
-"""Compile every configuration of the Triton backend's table, for GPUs that need not be there, and look at the code.
+"""Compile every configuration of the Triton backend's tables, for GPUs that need not be there, and look at the code.
 
-    python -m benchmarks.compile_gpu [--architectures 80 90 100] [--report build/triton-kernels.txt]
+    python -m benchmarks.compile_gpu [--architectures 80 90 100] [--update]
 
 Calls go the way that a user's go, on tensors without data, up to the launch, where the kernel is compiled for the
-architecture in question. The report lists registers, stack, shared memory and the instructions that matter, a kernel a
-line. Fails if a kernel does not compile, takes more shared memory than a block may, if a 16-bit kernel of at most 128
-wide heads keeps registers on the stack, or if the main loops for sm_90 have no wgmma.
+architecture in question. The report, benchmarks/triton-kernels.txt, has a line for each kernel: registers, stack, shared
+memory, and the instructions that matter, counted in the machine code. Fails if a kernel does not compile, takes more
+shared memory than a block may, if a 16-bit kernel of at most 128 wide heads keeps registers on the stack, if the main
+loops for sm_90 have no wgmma, or if the report is not what is committed: what a change does to the code is then seen in
+the change. --update writes the report anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import itertools
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,24 +30,30 @@ from typing import Any, NamedTuple
 import torch
 
 from longattn.backends.base import Gradients
-from longattn.backends.triton import attention, config, launch
+from longattn.backends.triton import attention, cached, config, launch
 from longattn.mask import Mask
-from longattn.problem import Problem, Tensors, present_features
+from longattn.problem import CacheTensors, Problem, Slots, Tensors, cache_features, present_features
 
+REPORT = Path(__file__).with_name("triton-kernels.txt")
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may use
 MAIN_LOOPS = ("forward_kernel", "key_gradient_kernel", "query_gradient_kernel")
-INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async", "ldmatrix", "ex2.approx", "bar.sync")
-MASKS = {"full": Mask(), "causal": Mask(right=0), "window": Mask(left=4095, right=0, sinks=4)}
+UNSPILLED = (*MAIN_LOOPS, "attend_kernel", "bias_gradient_kernel", "combine_kernel", "delta_kernel")  # others have sines
+# Instructions by what they begin with: products, loads of tiles, exponentials, barriers, what goes to the stack.
+INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "FFMA", "UTMALDG", "LDGSTS", "LDG", "LDSM", "MUFU.EX2", "BAR", "STL", "LDL")
+MASKS = {"full": Mask(), "causal": Mask(right=0)}
+WINDOW = Mask(left=4095, right=0, sinks=4)
 
 
 class Case(NamedTuple):
+    """One call, forward and backward, or one on a cache."""
+
     architecture: int
     width: int
     dtype: torch.dtype
-    kind: str  # a name of MASKS, or "all features"
+    kind: str
 
     def __str__(self) -> str:
-        return f"sm_{self.architecture} {str(self.dtype)[6:]:8} D {self.width:3} {self.kind}"
+        return f"sm_{self.architecture} {str(self.dtype)[6:]} D {self.width} {self.kind}"
 
 
 class Line(NamedTuple):
@@ -58,27 +70,30 @@ class Line(NamedTuple):
         narrow = self.case.dtype != torch.float32 and self.case.width <= 128
         if self.shared > SHARED_LIMIT[self.case.architecture]:
             yield f"{self.shared} bytes of shared memory, of {SHARED_LIMIT[self.case.architecture]}"
-        if narrow and self.stack and self.kernel in MAIN_LOOPS and self.case.kind in MASKS:
+        if narrow and self.stack and self.kernel in UNSPILLED:
             yield f"{self.stack} bytes of stack"
-        if narrow and self.case.architecture == 90 and self.kernel in MAIN_LOOPS and not self.counts["wgmma.mma_async"]:
+        if self.kernel in MAIN_LOOPS and narrow and self.case.architecture == 90 and not self.counts["HGMMA"]:
             yield "no wgmma"
 
     def __str__(self) -> str:
         mix = "  ".join(f"{name} {count}" for name, count in self.counts.items() if count)
         return (
-            f"{self.case!s:34} {self.kernel:22} {self.registers:3} registers  {self.stack:4} B stack  "
+            f"{self.case!s:34} {self.kernel:22} {self.registers:3} registers {self.stack:4} B stack "
             f"{self.shared:6} B shared  {mix}"
         )
 
 
 def cases(architectures: list[int]) -> list[Case]:
-    """Every entry of the table; what the masks and features change in the code is looked at in some."""
+    """Every entry of the tables; what masks and features change in the code is looked at for some. Slow ones first."""
     found = []
     for architecture in architectures:
-        for width in config.WIDTHS:
-            found += [Case(architecture, width, torch.bfloat16, kind) for kind in ("causal", "window")]
-            found.append(Case(architecture, width, torch.float32, "causal"))
-        found += [Case(architecture, 128, torch.bfloat16, kind) for kind in ("full", "all features")]
+        for dtype, width in itertools.product((torch.float32, torch.bfloat16), reversed(config.WIDTHS)):
+            found += [Case(architecture, width, dtype, kind) for kind in ("causal", "decode", "prompt")]
+        for width in (64, 128):
+            found += [Case(architecture, width, torch.bfloat16, kind) for kind in ("window", "all features")]
+        if architecture >= 90:
+            found.append(Case(architecture, 128, torch.bfloat16, "unaligned"))
+        found += [Case(architecture, 128, torch.bfloat16, kind) for kind in ("full", "ring of int8")]
         found.append(Case(architecture, 128, torch.float16, "causal"))
     return found
 
@@ -102,30 +117,32 @@ class _Driver:
 
 
 def compile_case(case: Case) -> list[Line] | str:
-    """The kernels of one call, forward and backward; a traceback if one does not compile."""
+    """The kernels of one call; a traceback if one does not compile."""
     from triton.runtime import driver
 
-    lines = []
+    lines: dict[str, Line] = {}
 
     def record(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
-        compiled = kernel.warmup(*arguments, grid=(programs,), **meta)
-        lines.append(_line(case, kernel.fn.__name__, compiled))
+        if kernel.fn.__name__ not in lines:  # a rotation of q and k, and one of their gradients
+            compiled = kernel.warmup(*arguments, grid=(programs,), **meta)
+            lines[kernel.fn.__name__] = _line(case, kernel.fn.__name__, compiled)
 
     driver.set_active(_Driver(case.architecture))
     launch.launch = record
     try:
-        _call(case)
+        (_call_on_cache if case.kind in ("decode", "prompt", "ring of int8") else _call)(case)
     except Exception:
         return f"{case}\n{traceback.format_exc()}"
-    return lines
+    return list(lines.values())
 
 
 def _call(case: Case) -> None:
     batch, q_heads, kv_heads, n = 2, 8, 2, 8192
-    q, out, dout = (_empty(batch, n, q_heads, case.width, dtype=case.dtype).transpose(1, 2) for _ in range(3))
-    k, v = (_empty(batch, n, kv_heads, case.width, dtype=case.dtype).transpose(1, 2) for _ in range(2))
+    width = case.width + (case.kind == "unaligned")  # of the rows in memory
+    q, out, dout = (_rows(batch, n, q_heads, width, case) for _ in range(3))
+    k, v = (_rows(batch, n, kv_heads, width, case) for _ in range(2))
     lse = _empty(batch, q_heads, n)
-    tensors, mask, softcap, dropout_p = Tensors(q, k, v), MASKS.get(case.kind, MASKS["window"]), 0.0, 0.0
+    tensors, mask, softcap, dropout_p = Tensors(q, k, v), MASKS.get(case.kind, WINDOW), 0.0, 0.0
     if case.kind == "all features":
         softcap, dropout_p = 30.0, 0.1
         tensors = tensors._replace(
@@ -151,48 +168,95 @@ def _call(case: Case) -> None:
     call.backward(out, lse, dout, lse, grads)
 
 
+def _call_on_cache(case: Case) -> None:
+    """decode: one query, contiguous, split. prompt: many queries, paged. ring of int8: rotated when read."""
+    batch, q_heads, kv_heads, keys, page = 2, 8, 2, 65536, 64
+    nq, ring = (512 if case.kind == "prompt" else 1), 4096 if case.kind == "ring of int8" else 0
+    stored, rotated = (torch.int8 if ring else case.dtype), case.width // 2
+    q = _empty(batch, q_heads, nq, case.width, dtype=case.dtype)
+    k, v = (_empty(batch, kv_heads, nq, case.width, dtype=case.dtype) for _ in range(2))
+    lens = _empty(batch, dtype=torch.int32)
+    tensors = CacheTensors(q, k, v, lens, lens, inv_freq=_empty(rotated))
+    mask = Mask(right=0)
+    slots = Slots(*(_empty(batch, kv_heads, keys, case.width, dtype=stored) for _ in range(2)), None, None, lens[:, None])
+    if case.kind == "prompt":
+        pages = (_empty(4096, kv_heads, page, case.width, dtype=stored) for _ in range(2))
+        slots = Slots(*pages, None, None, _empty(batch, keys // page, dtype=torch.int32))
+    if ring:
+        mask, tables = Mask(left=ring - 1, right=0, sinks=4), (_empty(1, 8192, rotated) for _ in range(2))
+        scales = (_empty(batch, kv_heads, ring + 4) for _ in range(2))
+        kept = (_empty(batch, kv_heads, ring + 4, case.width, dtype=stored) for _ in range(2))
+        slots = Slots(*kept, *scales, lens[:, None], ring, 4)
+        tensors = tensors._replace(**dict(zip(("cos", "sin"), tables, strict=True)))
+    problem = Problem(
+        batch, q_heads, kv_heads, nq, keys, case.width, case.width, case.dtype, "meta", mask, case.width**-0.5,
+        storage=stored, frame=ring, features=cache_features(tensors, 0.0, ring > 0, stored),
+    )  # fmt: skip
+    cached.decode(problem, tensors, slots, torch.empty_like(q), _empty(batch, q_heads, nq), interpreted=False)
+
+
+def _rows(batch: int, n: int, heads: int, width: int, case: Case) -> torch.Tensor:
+    return _empty(batch, n, heads, width, dtype=case.dtype).transpose(1, 2)[..., : case.width]
+
+
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _line(case: Case, kernel: str, compiled: Any) -> Line:
-    usage = _resource_usage(compiled.asm["cubin"])
-    counts = {name: len(re.findall(re.escape(name), compiled.asm["ptx"])) for name in INSTRUCTIONS}
+    usage, code = _disassembled(compiled.asm["cubin"])
+    counts = dict.fromkeys(INSTRUCTIONS, 0)
+    for opcode in re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code, re.MULTILINE):
+        name = next((name for name in INSTRUCTIONS if opcode.startswith(name)), None)
+        if name is not None:
+            counts[name] += 1
     return Line(case, kernel, usage["REG"], usage["STACK"], compiled.metadata.shared, counts)
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
+def _disassembled(cubin: bytes) -> tuple[dict[str, int], str]:
+    """(resources by name, machine code) of a compiled kernel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+        texts = []
+        for wanted in ("--dump-resource-usage", "--dump-sass"):
+            command = [knobs.nvidia.cuobjdump.path, wanted, file.name]
+            texts.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", texts[0])}, texts[1]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--architectures", type=int, nargs="+", default=list(config.ARCHITECTURES))
-    parser.add_argument("--report", type=Path, default=Path("build/triton-kernels.txt"))
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--update", action="store_true", help="write the report anew")
     options = parser.parse_args(arguments)
 
-    todo = cases(options.architectures)
-    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=8) as pool:
-        results = []
-        for case, result in zip(todo, pool.imap(compile_case, todo), strict=True):
-            print(f"{case}: {'failed' if isinstance(result, str) else f'{len(result)} kernels'}", flush=True)
-            results.append(result)
+    start, todo = time.monotonic(), cases(options.architectures)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder  # what others have compiled says nothing about today's compiler
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+            for case, result in zip(todo, pool.imap(compile_case, todo), strict=True):
+                print(f"{time.monotonic() - start:4.0f} s  {case}{': failed' * isinstance(result, str)}", flush=True)
+                results.append(result)
     failed = [result for result in results if isinstance(result, str)]
     lines = [line for result in results if not isinstance(result, str) for line in result]
     faults = [f"{line.case} {line.kernel}: {fault}" for line in lines for fault in line.faults()]
-    options.report.parent.mkdir(parents=True, exist_ok=True)
-    options.report.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    report = sorted(f"{line}\n" for line in lines)
     print(*failed, *faults, sep="\n")
-    print(f"{len(lines)} kernels in {options.report}; {len(failed)} calls did not compile, {len(faults)} faults")
-    return 1 if failed or faults else 0
+    if options.update:
+        REPORT.write_text("".join(report), encoding="utf-8")
+    before = REPORT.read_text(encoding="utf-8").splitlines(keepends=True)
+    compiled_for = tuple(f"sm_{architecture} " for architecture in options.architectures)
+    changed = list(difflib.unified_diff([line for line in before if line.startswith(compiled_for)], report, n=0))
+    sys.stdout.writelines(changed)
+    if changed:
+        print(f"The machine code is not that of {REPORT.name}: if that is meant, commit what --update writes.")
+    print(f"{len(lines)} kernels; {len(failed)} calls did not compile, {len(faults)} faults")
+    return 1 if failed or faults or changed else 0
 
 
 if __name__ == "__main__":

@@ -155,17 +155,14 @@ def query_gradient_kernel(
 
 @triton.jit
 def _add_keys(
-    dk, dv, k, v, n, tiles, tiles_start, q_rows, dout_rows, q_tiles, dout_tiles, row, q_first, lse, delta, first, shown, b, kv_head,
-    group, heads, lq, lk, shift, sequences, mask, terms, dropout,
+    dk, dv, k, v, h, at, q_rows, dout_rows, q_tiles, dout_tiles, row, q_first, lse, delta, first, shown, b, heads, lq, lk, shift, sequences, mask, terms, dropout,
     M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr, TEST: tl.constexpr,
 ):  # fmt: skip
-    """Add what tile n gives to dk / scale and dv: of all `tiles` tiles of the first head, then of the next.
+    """Add what queries at..at + M of head h give to dk / scale and dv.
 
     Tiles of scores lie transposed, [N, M]: weights stand left.
     """
-    h = kv_head * group + n // tiles
-    at = tiles_start + n % tiles * M
     slope = slope_of(terms, b, h)
     statistics = (tl.cast(row, tl.int64) * heads + h) * sequences.nq + q_first
     i = at + tl.arange(0, M)
@@ -221,26 +218,22 @@ def key_gradient_kernel(
     v = load_rows(rows_of(v_rows, row, kv_head, k_first), v_rows, first, shown, N, V_WIDTH, DV, True)
     dk = tl.zeros([N, D], tl.float32)
     dv = tl.zeros([N, DV], tl.float32)
-    tiles = tl.cdiv(middle - start, M)
+    left_tiles = tl.cdiv(middle - start, M)
+    tiles = left_tiles + tl.cdiv(stop - right, M)
     for n in range(tiles * group):
+        at = n % tiles
+        at = tl.where(at < left_tiles, start + at * M, right + (at - left_tiles) * M)
         dk, dv = _add_keys(
-            dk, dv, k, v, n, tiles, start, q_rows, dout_rows, q_tiles, dout_tiles, row, q_first, lse, delta, first,
-            shown, b, kv_head, group, kv_heads * group, lq, lk, shift, sequences, mask, terms, dropout,
+            dk, dv, k, v, kv_head * group + n // tiles, at, q_rows, dout_rows, q_tiles, dout_tiles, row, q_first, lse,
+            delta, first, shown, b, kv_heads * group, lq, lk, shift, sequences, mask, terms, dropout,
             M, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
         )  # fmt: skip
-    tiles = tl.cdiv(right - middle, M)
+    tiles = (right - middle) // M
     for n in range(tiles * group):
         dk, dv = _add_keys(
-            dk, dv, k, v, n, tiles, middle, q_rows, dout_rows, q_tiles, dout_tiles, row, q_first, lse, delta, first,
-            shown, b, kv_head, group, kv_heads * group, lq, lk, shift, sequences, mask, terms, dropout,
+            dk, dv, k, v, kv_head * group + n // tiles, middle + n % tiles * M, q_rows, dout_rows, q_tiles, dout_tiles,
+            row, q_first, lse, delta, first, shown, b, kv_heads * group, lq, lk, shift, sequences, mask, terms, dropout,
             M, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, False,
-        )  # fmt: skip
-    tiles = tl.cdiv(stop - right, M)
-    for n in range(tiles * group):
-        dk, dv = _add_keys(
-            dk, dv, k, v, n, tiles, right, q_rows, dout_rows, q_tiles, dout_tiles, row, q_first, lse, delta, first,
-            shown, b, kv_head, group, kv_heads * group, lq, lk, shift, sequences, mask, terms, dropout,
-            M, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
         )  # fmt: skip
     store_rows(rows_of(dk_rows, row, kv_head, k_first), dk_rows, first, inside, dk * terms.scale, N, WIDTH, D)
     store_rows(rows_of(dv_rows, row, kv_head, k_first), dv_rows, first, inside, dv, N, V_WIDTH, DV)

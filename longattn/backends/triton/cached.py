@@ -25,6 +25,7 @@ from longattn.backends.triton.params import (
     plain_scores,
     precision,
 )
+from longattn.errors import InvalidInput
 from longattn.problem import CacheTensors, Problem, Slots
 
 _NEW_TOKENS = 16  # of a head a program
@@ -41,6 +42,8 @@ def decode(
     problem: Problem, tensors: CacheTensors, slots: Slots, out: Tensor, lse: Tensor, interpreted: bool
 ) -> None:
     """Backend.decode."""
+    if tensors.k is None and slots.ring:
+        _check_ring(problem, tensors, slots)
     near, far = _take_in(problem, tensors, slots)
     tiles = config.decode_tiles(problem)
     row_tiles = math.ceil(problem.nq * problem.group / tiles.m)
@@ -97,6 +100,20 @@ def _take_in(problem: Problem, tensors: CacheTensors, slots: Slots) -> tuple[Ten
         PAIRS=pairs, INTERLEAVED=problem.interleaved, TURN_KEYS=turn and tensors.cos is None, T=tokens, num_warps=4,
     )  # fmt: skip
     return q if near is None else near, far
+
+
+def _check_ring(problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
+    """Queries of old tokens may see keys that newer ones have taken the slots of. (New tokens were made room for.)
+
+    Raises:
+        InvalidInput: they do.
+    """
+    left = problem.nk if problem.mask.left is None else problem.mask.left
+    if problem.nk <= slots.sinks + slots.ring or left + problem.nq <= slots.ring:
+        return
+    seen = left + int(tensors.query_lens.max())
+    if seen > slots.ring:
+        raise InvalidInput("window", "keys that the ring still holds", f"{seen} keys of {slots.ring}")
 
 
 def _splits(problem: Problem, programs: int, keys: int) -> int:

@@ -40,13 +40,27 @@ _HALF: dict[int, dict[int, Kernels]] = {
         512: Kernels(Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     90: {
-        64: Kernels(Tiles(128, 128, 8, 3), Tiles(32, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 1)),
-        128: Kernels(Tiles(128, 64, 8, 3), Tiles(32, 128, 8, 1), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1)),
-        256: Kernels(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1)),
+        64: Kernels(Tiles(128, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 1)),
+        128: Kernels(Tiles(128, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 1)),
+        256: Kernels(Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1)),
         512: Kernels(Tiles(64, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
 }
 _HALF[100] = _HALF[90]
+
+# Where scores are more than products, or weights are dropped, for want of registers; wider heads as above.
+_SCORED: dict[int, dict[int, Kernels]] = {
+    80: {
+        64: Kernels(Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 1)),
+        128: Kernels(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
+    },
+    90: {
+        64: Kernels(Tiles(128, 64, 8, 2), Tiles(32, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1)),
+        128: Kernels(Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1)),
+    },
+}
+_SCORED[100] = _SCORED[90]
+_SCORING = {"softcap", "alibi_slopes", "bias", "dropout"}
 
 # float32 operands take twice the room, and IEEE products run outside the tensor cores.
 _FLOAT: dict[int, Kernels] = {
@@ -72,6 +86,8 @@ _DECODE: dict[int, dict[int, tuple[Tiles, Tiles]]] = {
         512: (Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
     },
 }
+# Keys that rotate when they are read take their cosines and sines along.
+_DECODE_TURNING = {width: Tiles(16, 32 if width <= 128 else 16, 4, 1) for width in _FLOAT}
 LEAST_TILES = 4  # of keys, for a program of its own
 MOST_SPLITS = 128
 
@@ -93,12 +109,17 @@ def kernels(problem: Problem, architecture: int) -> Kernels:
     width = max(64, padded(max(problem.head_dim, problem.v_head_dim)))
     if problem.dtype == torch.float32:
         return _FLOAT[width]
-    return _HALF[max(known for known in ARCHITECTURES if known <= max(architecture, 80))][width]
+    known = max(known for known in ARCHITECTURES if known <= max(architecture, ARCHITECTURES[0]))
+    if width in _SCORED[known] and _SCORING & set(problem.features):
+        return _SCORED[known][width]
+    return _HALF[known][width]
 
 
 def decode_tiles(problem: Problem) -> Tiles:
     """The table's entry for a call on a cache."""
     width = max(64, padded(max(problem.head_dim, problem.v_head_dim)))
+    if "rotate_on_read" in problem.features:
+        return _DECODE_TURNING[width]
     few, many = _DECODE[product_dtype(problem).itemsize][width]
     return few if problem.nq * problem.group <= few.m else many
 

@@ -77,7 +77,9 @@ def attend_kernel(
         p = shift + tl.load(lengths.depths + tl.cast(b, tl.int64) * lengths.depths_batch + i, mask=inside, other=0)
     lowest = tl.min(tl.where(inside, p, keys))
     highest = tl.max(tl.where(inside, p, 0))
-    sink_start, sink_tiles, start, _, _, _, stop = key_tiles(mask, lowest, highest, keys, None, None, N)
+    sink_start, sink_tiles, start, left_tiles, middle, right, stop = key_tiles(
+        mask, lowest, highest, keys, None, None, N
+    )
     tiles = tl.where(tile * M < queries * group, sink_tiles + tl.cdiv(stop - start, N), 0)
     share = tl.cdiv(tiles, splits)
 
