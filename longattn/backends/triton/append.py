@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from longattn.backends.triton.pages import rows_in_pages
+from longattn.backends.triton.pages import place_of, rows_at, scales_at
 from longattn.backends.triton.rope import partners, turned
 from longattn.backends.triton.tiles import rows_of
 
@@ -26,19 +26,19 @@ def _load_turned(
 
 
 @triton.jit
-def _store(x, slots, scales, row, inside, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Write x [T, D] to slots `row`; in steps of max|x| / 127 where the slots are int8."""
+def _store(x, rows, scales, inside, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Write x [T, D] to rows at these addresses; where they are int8, in steps of max|x| / 127."""
     column = tl.arange(0, D)[None, :]
     here = inside[:, None] & (column < WIDTH)
     if scales is not None:
         scale = tl.max(tl.abs(x), 1) / 127.0
         broken = tl.sum(tl.where(tl.abs(x) < float("inf"), 0, 1), 1) > 0  # NaN is not less either
-        tl.store(scales + row, tl.where(broken, float("nan"), scale), mask=inside)
+        tl.store(scales, tl.where(broken, float("nan"), scale), mask=inside)
         steps = tl.floor(x / tl.where(broken | (scale == 0), float("inf"), scale)[:, None] + 0.5)
         steps = tl.where(broken[:, None], 0.0, tl.minimum(tl.maximum(steps, -127.0), 127.0))
-        tl.store(slots + row[:, None] * WIDTH + column, steps.to(tl.int8), mask=here)
+        tl.store(rows[:, None] + column, steps.to(tl.int8), mask=here)
     else:
-        tl.store(slots + row[:, None] * WIDTH + column, x.to(slots.dtype.element_ty), mask=here)
+        tl.store(rows[:, None] + column, x.to(rows.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -88,11 +88,16 @@ def append_kernel(
     else:
         if k_rows is not None:
             h = head - q_heads
-            row = rows_in_pages(pages, b, h, kv_heads, shift + t, inside)
+            page, slot = place_of(pages, b, shift + t, inside)
+            k_scales = None
+            v_scales = None
+            if pages.k_scales is not None:
+                k_scales = scales_at(pages.k_scales, pages, page, h, slot, kv_heads)
+                v_scales = scales_at(pages.v_scales, pages, page, h, slot, kv_heads)
             x = _load_turned(
                 rows_of(k_rows, b, h, 0), k_rows, t, inside, angle, rotation.factor, WIDTH, D, PAIRS, INTERLEAVED,
                 TURN_KEYS,
             )  # fmt: skip
-            _store(x, pages.k, pages.k_scales, row, inside, WIDTH, D)
+            _store(x, rows_at(pages.k, page, h, slot), k_scales, inside, WIDTH, D)
             x = _load_turned(rows_of(v_rows, b, h, 0), v_rows, t, inside, 0.0, 1.0, V_WIDTH, DV, 0, False, False)
-            _store(x, pages.v, pages.v_scales, row, inside, V_WIDTH, DV)
+            _store(x, rows_at(pages.v, page, h, slot), v_scales, inside, V_WIDTH, DV)

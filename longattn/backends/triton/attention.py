@@ -23,6 +23,8 @@ from longattn.backends.triton.config import Tiles, padded
 from longattn.backends.triton.forward import forward_kernel
 from longattn.backends.triton.params import (
     Dropout,
+    Lengths,
+    Pages,
     Rows,
     ScoreTerms,
     Sequences,
@@ -32,6 +34,7 @@ from longattn.backends.triton.params import (
     precision,
 )
 from longattn.backends.triton.rope import rope_kernel
+from longattn.backends.triton.splits import attend
 from longattn.problem import Problem, Tensors
 
 _DELTA_ROWS = 16
@@ -43,7 +46,7 @@ class Call:
     """What all kernels of one call share: rotated tensors, arguments, constants."""
 
     def __init__(self, problem: Problem, tensors: Tensors, architecture: int, interpreted: bool) -> None:
-        self.problem, self.tensors = problem, tensors
+        self.problem, self.tensors, self.interpreted = problem, tensors, interpreted
         self.kernels = config.kernels(problem, architecture)
         self.q, self.k, self.v = tensors.q, tensors.k, tensors.v
         if tensors.inv_freq is not None:
@@ -59,7 +62,7 @@ class Call:
         self.mask = _visibility(problem, tensors)
         self.terms = ScoreTerms.of(problem, tensors.bias, tensors.alibi_slopes)
         self.dropout = _dropout(problem, tensors)
-        self.constants = {
+        self.constants: dict[str, Any] = {
             "WIDTH": problem.head_dim,
             "V_WIDTH": problem.v_head_dim,
             "D": padded(problem.head_dim),
@@ -70,6 +73,12 @@ class Call:
 
     def forward(self, out: Tensor, lse: Tensor) -> None:
         problem, tensors = self.problem, self.tensors
+        if config.is_decode(problem):
+            return attend(
+                problem, self.q, Pages(Rows.of(self.k), Rows.of(self.v)), Lengths(problem.nk, self.sequences.key_lens),
+                self.mask, self.terms, tensors.sink_logits, out, lse, config.decode_tiles(problem, problem.dtype),
+                torch.float32 if self.interpreted else problem.dtype, self.constants["PRECISION"],
+            )  # fmt: skip
         if problem.varlen:  # tokens outside all sequences
             out.zero_()
             lse.fill_(-torch.inf)

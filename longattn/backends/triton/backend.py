@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from types import ModuleType
@@ -15,6 +14,7 @@ from longattn.backends.triton import architecture
 from longattn.problem import CacheTensors, Problem, Slots, Tensors
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_INSTALLED = importlib.util.find_spec("triton") is not None
 _LONGEST = 1 << 29  # positions and window sides are summed in 32 bits
 
 
@@ -24,7 +24,11 @@ class TritonBackend(Backend):
     name = "triton"
 
     def unavailable(self) -> str | None:
-        return _unavailable()
+        if not _INSTALLED:
+            return "Triton is not installed"
+        if not _interpreted() and not torch.cuda.is_available():
+            return "there is no GPU that torch can use"
+        return None
 
     def reasons(self, problem: Problem) -> list[str]:
         if problem.device == "cpu":
@@ -87,15 +91,6 @@ class TritonBackend(Backend):
         with _device_of(out):
             attention = _attention()
             attention.rope([attention.Turn(x, positions, out)], inv_freq, factor, interleaved, inverse)
-
-
-@functools.cache
-def _unavailable() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if not torch.cuda.is_available() and not _interpreted():
-        return "there is no GPU that torch can use"
-    return None
 
 
 def _interpreted() -> bool:

@@ -1,4 +1,4 @@
-"""From a call on a cache to launches: the new tokens' own, the keys' in splits, and what merges those."""
+"""From a call on a cache to launches: first the new tokens, then attention to all."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import math
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from longattn.backends.triton import architecture, config, launch
+from longattn.backends.triton import config, launch
 from longattn.backends.triton.append import append_kernel
 from longattn.backends.triton.config import padded
-from longattn.backends.triton.decode import attend_kernel, combine_kernel
 from longattn.backends.triton.params import (
     Lengths,
     Pages,
@@ -21,16 +19,13 @@ from longattn.backends.triton.params import (
     ScoreTerms,
     Tables,
     Visibility,
-    float32,
-    plain_scores,
     precision,
 )
+from longattn.backends.triton.splits import attend
 from longattn.errors import InvalidInput
 from longattn.problem import CacheTensors, Problem, Slots
 
 _NEW_TOKENS = 16  # of a head a program
-_SPLITS_AT_ONCE = 16
-_COMPUTE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 def append(problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
@@ -45,32 +40,22 @@ def decode(
     if tensors.k is None and slots.ring:
         _check_ring(problem, tensors, slots)
     near, far = _take_in(problem, tensors, slots)
-    tiles = config.decode_tiles(problem)
-    row_tiles = math.ceil(problem.nq * problem.group / tiles.m)
-    programs = problem.batch * problem.kv_heads * row_tiles
-    splits = _splits(problem, programs, tiles.n)
-    partial, log_sums = None, lse
-    if splits > 1:
-        shape = (splits, problem.batch, problem.q_heads, problem.nq)
-        partial = torch.empty(*shape, padded(problem.v_head_dim), dtype=torch.float32, device=out.device)
-        log_sums = torch.empty(shape, dtype=torch.float32, device=out.device)
-    wide = torch.float32 if interpreted else config.product_dtype(problem)
-    launch.launch(
-        attend_kernel, programs * splits, Rows.of(near), None if far is None else Rows.of(far), _pages(slots),
-        Rows.of(out), log_sums, partial, float32(tensors.sink_logits), _lengths(tensors), Visibility.of(problem.mask),
-        ScoreTerms.of(problem, None, tensors.alibi_slopes), _tables(tensors), problem.kv_heads, problem.group,
-        problem.nq, row_tiles, splits,
-        WIDTH=problem.head_dim, V_WIDTH=problem.v_head_dim, D=padded(problem.head_dim), DV=padded(problem.v_head_dim),
-        M=tiles.m, N=tiles.n, PAIRS=0 if tensors.cos is None else tensors.cos.shape[2],
-        INTERLEAVED=problem.interleaved, PLAIN=plain_scores(problem), PRECISION=precision(problem, interpreted),
-        COMPUTE=_COMPUTE[wide], num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-    if partial is not None:
-        launch.launch(
-            combine_kernel, math.prod(out.shape[:3]), partial, log_sums, Rows.of(out), lse, problem.q_heads,
-            problem.nq, splits, V_WIDTH=problem.v_head_dim, DV=padded(problem.v_head_dim), S=_SPLITS_AT_ONCE,
-            num_warps=4,
-        )  # fmt: skip
+    attend(
+        problem,
+        near,
+        _pages(slots),
+        _lengths(tensors),
+        Visibility.of(problem.mask),
+        ScoreTerms.of(problem, None, tensors.alibi_slopes),
+        tensors.sink_logits,
+        out,
+        lse,
+        config.decode_tiles(problem, config.product_dtype(problem)),
+        torch.float32 if interpreted else config.product_dtype(problem),
+        precision(problem, interpreted),
+        far,
+        _tables(tensors),
+    )
 
 
 def _take_in(problem: Problem, tensors: CacheTensors, slots: Slots) -> tuple[Tensor, Tensor | None]:
@@ -116,20 +101,11 @@ def _check_ring(problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
         raise InvalidInput("window", "keys that the ring still holds", f"{seen} keys of {slots.ring}")
 
 
-def _splits(problem: Problem, programs: int, keys: int) -> int:
-    """Programs for each tile of rows: enough to fill the GPU twice, none with less than a few tiles of keys."""
-    longest = problem.nk
-    if problem.mask.left is not None:
-        longest = min(longest, problem.mask.left + problem.nq + problem.mask.sinks)
-    wanted = 2 * architecture.multiprocessors() // max(1, programs)
-    return max(1, min(wanted, longest // (config.LEAST_TILES * keys), config.MOST_SPLITS))
-
-
 def _pages(slots: Slots) -> Pages:
     places = slots.table.shape[1]
     return Pages(
-        slots.k,
-        slots.v,
+        Rows.of(slots.k),
+        Rows.of(slots.v),
         slots.k_scales,
         slots.v_scales,
         slots.table,
@@ -142,12 +118,12 @@ def _pages(slots: Slots) -> Pages:
 
 def _lengths(tensors: CacheTensors) -> Lengths:
     tree = None if tensors.tree is None else tensors.tree.contiguous().view(torch.uint8)
-    return Lengths(tensors.key_lens, tensors.query_lens, *_per_sequence(tree, 2), *_per_sequence(tensors.depths, 1))
+    return Lengths(None, tensors.key_lens, tensors.query_lens, *_per_sequence(tree, 2), *_per_sequence(tensors.depths, 1))
 
 
 def _tables(tensors: CacheTensors) -> Tables:
     if tensors.cos is None or tensors.sin is None:
-        return Tables(None, None, 0)
+        return Tables()
     cos, batch = _per_sequence(tensors.cos, 2)
     return Tables(cos.float(), tensors.sin.contiguous().float(), batch if tensors.cos.shape[0] > 1 else 0)
 

@@ -88,6 +88,8 @@ _DECODE: dict[int, dict[int, tuple[Tiles, Tiles]]] = {
 }
 # Keys that rotate when they are read take their cosines and sines along.
 _DECODE_TURNING = {width: Tiles(16, 32 if width <= 128 else 16, 4, 1) for width in _FLOAT}
+_DECODE_ROWS = 16
+_NOT_IN_SPLITS = {"key_mask", "bounds", "bias", "dropout", "varlen"}
 LEAST_TILES = 4  # of keys, for a program of its own
 MOST_SPLITS = 128
 
@@ -115,13 +117,19 @@ def kernels(problem: Problem, architecture: int) -> Kernels:
     return _HALF[known][width]
 
 
-def decode_tiles(problem: Problem) -> Tiles:
-    """The table's entry for a call on a cache."""
+def decode_tiles(problem: Problem, dtype: torch.dtype) -> Tiles:
+    """The table's entry for few queries, or a call on a cache, whose products multiply `dtype`."""
     width = max(64, padded(max(problem.head_dim, problem.v_head_dim)))
     if "rotate_on_read" in problem.features:
         return _DECODE_TURNING[width]
-    few, many = _DECODE[product_dtype(problem).itemsize][width]
+    few, many = _DECODE[dtype.itemsize][width]
     return few if problem.nq * problem.group <= few.m else many
+
+
+def is_decode(problem: Problem) -> bool:
+    """Whether a call without a cache has too few queries to fill a tile of the forward, or a GPU."""
+    rows = problem.nq * problem.group
+    return rows <= _DECODE_ROWS and not _NOT_IN_SPLITS & set(problem.features)
 
 
 def product_dtype(problem: Problem) -> torch.dtype:

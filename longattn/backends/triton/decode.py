@@ -1,4 +1,4 @@
-"""Attention to a cache: the keys of a sequence are split among programs, and a second kernel merges what they found.
+"""Attention of few queries: the keys of a sequence are split among programs, and a second kernel merges what they found.
 
 The query heads that read one key/value head are rows of one tile, row r being query r // group of head r % group, so
 that every key is read once for all of them. Each split gives its own softmax and log-sum, and
@@ -11,33 +11,31 @@ that every key is read once for all of them. Each split gives its own softmax an
 import triton
 import triton.language as tl
 
-from longattn.backends.triton.mask import key_tiles, near_or_sink, tile_start, visible
-from longattn.backends.triton.pages import rows_in_pages
+from longattn.backends.triton.mask import key_tiles, near_or_sink, position_of_first, tile_start, visible
+from longattn.backends.triton.pages import place_of, rows_at, scales_at
 from longattn.backends.triton.rope import partners, turned
 from longattn.backends.triton.scores import LN2, LOG2E, scores, unit
 from longattn.backends.triton.tiles import narrow, product
 
 
 @triton.jit
-def _load_slots(slots, row, shown, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Rows `row` [N] of the slots, [N, D]; 0 past WIDTH or where not `shown`."""
+def _load(rows, shown, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Rows at these addresses [N], [N, D]; 0 past WIDTH or where not `shown`."""
     column = tl.arange(0, D)
-    return tl.load(
-        slots + row[:, None] * WIDTH + column[None, :], mask=shown[:, None] & (column < WIDTH)[None, :], other=0
-    )
+    return tl.load(rows[:, None] + column[None, :], mask=shown[:, None] & (column < WIDTH)[None, :], other=0)
 
 
 @triton.jit
 def _load_keys(
-    pages, tables, row, place, b, shown, WIDTH: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
+    rows, tables, place, b, shown, WIDTH: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Keys [N, D] without their scales, rotated to `place` [N] where they lie unrotated."""
-    k = _load_slots(pages.k, row, shown, WIDTH, D)
+    k = _load(rows, shown, WIDTH, D)
     if tables.cos is not None:
         pair, partner, sign, turning = partners(D, PAIRS, INTERLEAVED)
         here = shown[:, None] & turning[None, :]
-        other = tl.load(pages.k + row[:, None] * WIDTH + partner[None, :], mask=here, other=0).to(tl.float32)
+        other = tl.load(rows[:, None] + partner[None, :], mask=here, other=0).to(tl.float32)
         at = tl.cast(b, tl.int64) * tables.batch + tl.abs(place).to(tl.int64)[:, None] * PAIRS + pair[None, :]
         cos = tl.load(tables.cos + at, mask=here, other=0.0)
         sin = tl.load(tables.sin + at, mask=here, other=0.0) * tl.where(place < 0, -1.0, 1.0)[:, None]
@@ -63,9 +61,17 @@ def attend_kernel(
     tile = pid // splits % row_tiles
     h = pid // splits // row_tiles % kv_heads
     b = pid // splits // row_tiles // kv_heads
-    keys = tl.load(lengths.key_lens + b)
-    queries = tl.load(lengths.query_lens + b)
-    shift = keys - queries
+    queries = b * 0 + nq
+    if lengths.query_lens is not None:
+        queries = tl.load(lengths.query_lens + b)
+    keys = b * 0
+    if lengths.nk is not None:
+        keys += lengths.nk
+    if lengths.key_lens is not None:
+        keys = tl.load(lengths.key_lens + b)
+    shift = position_of_first(mask, b, queries, keys)
+    if lengths.nk is not None:
+        keys = tl.maximum(tl.minimum(keys, lengths.nk), 0)
 
     row = tile * M + tl.arange(0, M)
     i = row // group
@@ -107,19 +113,20 @@ def attend_kernel(
     for n in range(split * share, tl.minimum((split + 1) * share, tiles)):
         j = tile_start(n, sink_start, sink_tiles, start, N) + tl.arange(0, N)
         shown = near_or_sink(mask, lowest, j, j < keys)  # by some query: what nobody sees may hold anything
-        where = rows_in_pages(pages, b, h, kv_heads, j, shown)
+        page, slot = place_of(pages, b, j, shown)
         place = j
         if far_rows is not None:
             place = j - shift
             if mask.sinks is not None:
                 place = tl.where(j < mask.sinks, j, place)
-        k = _load_keys(pages, tables, where, place, b, shown, WIDTH, D, PAIRS, INTERLEAVED, COMPUTE)
+        k = _load_keys(rows_at(pages.k, page, h, slot), tables, place, b, shown, WIDTH, D, PAIRS, INTERLEAVED, COMPUTE)
         products = product(q, tl.trans(k), None, PRECISION)  # [M, D] @ [D, N]
         if far_rows is not None:
             if mask.sinks is not None:
                 products = tl.where((j < mask.sinks)[None, :], product(far, tl.trans(k), None, PRECISION), products)
         if pages.k_scales is not None:
-            products *= tl.load(pages.k_scales + where, mask=shown, other=0.0)[None, :]
+            scale = tl.load(scales_at(pages.k_scales, pages, page, h, slot, kv_heads), mask=shown, other=0.0)
+            products *= scale[None, :]
         seen = visible(mask, p[:, None], j[None, :], shown[None, :] & inside[:, None], None, None)
         if lengths.tree is not None:
             new = (j - shift)[None, :]
@@ -135,9 +142,10 @@ def attend_kernel(
         weights = tl.exp2(x * factor - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weights, 1)
-        v = _load_slots(pages.v, where, shown, V_WIDTH, DV)
+        v = _load(rows_at(pages.v, page, h, slot), shown, V_WIDTH, DV)
         if pages.v_scales is not None:
-            v = v.to(tl.float32) * tl.load(pages.v_scales + where, mask=shown, other=0.0)[:, None]
+            scale = tl.load(scales_at(pages.v_scales, pages, page, h, slot, kv_heads), mask=shown, other=0.0)
+            v = v.to(tl.float32) * scale[:, None]
         v = v.to(COMPUTE)
         acc = product(narrow(weights, v, PRECISION), v, acc * shrink[:, None], PRECISION)  # [M, N] @ [N, DV]
         top = new_top

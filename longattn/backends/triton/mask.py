@@ -15,6 +15,15 @@ _FARTHEST = tl.constexpr(1 << 29)
 
 
 @triton.jit
+def position_of_first(mask, b, queries, keys):
+    """The position of the first of so many queries, given the number of keys."""
+    shift = mask.shift + mask.from_end * (keys - queries)
+    if mask.offset is not None:
+        shift = tl.minimum(tl.maximum(tl.load(mask.offset + b), -_FARTHEST), _FARTHEST)
+    return shift
+
+
+@triton.jit
 def sequence(sequences, mask, b):
     """(batch row, first query row, queries, first key row, keys, shift): query i stands at position i + shift.
 
@@ -35,10 +44,7 @@ def sequence(sequences, mask, b):
     if sequences.key_lens is not None:
         keys = tl.load(sequences.key_lens + b)
         lk = tl.maximum(tl.minimum(lk, keys), 0)
-    shift = mask.shift + mask.from_end * (keys - lq)
-    if mask.offset is not None:
-        shift = tl.minimum(tl.maximum(tl.load(mask.offset + b), -_FARTHEST), _FARTHEST)
-    return row, q_first, lq, k_first, lk, shift
+    return row, q_first, lq, k_first, lk, position_of_first(mask, b, lq, keys)
 
 
 @triton.jit

@@ -105,28 +105,29 @@ class Dropout(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """problem.Slots: rows [P, Hkv, S] of keys and of values."""
+    """problem.Slots; or, without a table, the keys and values of a call, each sequence a page."""
 
-    k: Any  # floating or int8 [P, Hkv, S, D]
+    k: Any  # Rows [P, Hkv, S, D], floating or int8
     v: Any
-    k_scales: Any  # float32 [P, Hkv, S], of int8
-    v_scales: Any
-    table: Any  # int32 [B, places]
-    places: Any  # pages of a sequence; None: one
-    size: Any  # S
-    ring: Any  # None: no key takes another's slot
-    sinks: Any
+    k_scales: Any = None  # float32 [P, Hkv, S], of int8
+    v_scales: Any = None
+    table: Any = None  # int32 [B, places]
+    places: Any = None  # pages of a sequence; None: one
+    size: Any = 0  # S, with a table
+    ring: Any = None  # None: no key takes another's slot
+    sinks: Any = 0
 
 
 class Lengths(NamedTuple):
-    """Of the sequences of a call on a cache, and how their new tokens branch."""
+    """Of sequences that few queries attend to, and how new tokens branch."""
 
-    key_lens: Any  # int32 [B]
-    query_lens: Any
-    tree: Any  # uint8 [Nq, Nq] or [B, Nq, Nq]
-    tree_batch: Any  # stride, 0 where sequences share it
-    depths: Any  # int32 [Nq] or [B, Nq]
-    depths_batch: Any
+    nk: Any = None  # of all sequences, where there is no query_lens
+    key_lens: Any = None  # int32 [B]
+    query_lens: Any = None  # int32 [B]: the queries that count
+    tree: Any = None  # uint8 [Nq, Nq] or [B, Nq, Nq]
+    tree_batch: Any = 0  # stride, 0 where sequences share it
+    depths: Any = None  # int32 [Nq] or [B, Nq]
+    depths_batch: Any = 0
 
 
 class Rotation(NamedTuple):
@@ -143,9 +144,9 @@ class Rotation(NamedTuple):
 class Tables(NamedTuple):
     """Cosines and sines, float32 [1 or B, places, pairs], of keys that rotate when they are read."""
 
-    cos: Any
-    sin: Any
-    batch: Any
+    cos: Any = None
+    sin: Any = None
+    batch: Any = 0
 
 
 def float32(x: Tensor | None) -> Tensor | None:

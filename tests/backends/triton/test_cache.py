@@ -11,14 +11,16 @@ import longattn
 from cache_model import KINDS, SINKS, WINDOW, Model, Stream, make_cache
 from helpers import drawn, laid_out
 from longattn import InvalidInput, KVCache, PagedKVCache, Rope, Unsupported, attention_with_cache
-from longattn.backends.triton import cached, config
+from longattn.backends.triton import config, splits
 from longattn.backends.triton.config import Tiles
+from longattn.mask import Mask
+from longattn.problem import Problem
 from longattn.scaling import DynamicNTK, LongRoPE, YaRN
 
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "decode_tiles", lambda problem: Tiles(16, 16, 4, 1))
+    monkeypatch.setattr(config, "decode_tiles", lambda problem, dtype: Tiles(16, 16, 4, 1))
     monkeypatch.setattr(config, "LEAST_TILES", 1)
 
 
@@ -166,19 +168,16 @@ def test_unwritten_memory_and_layouts() -> None:
             steps.step(new, layout=lambda x: laid_out(x, "bnhd"))
 
 
-def test_splits_fill_the_gpu() -> None:
+def test_splits_fill_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.randn(1, 3, 1, 20), torch.randn(1, 1, 300, 20), torch.randn(1, 1, 300, 12)
     cache = KVCache(1, 1, 20, v_head_dim=12)
     cache.append(k, v)
     found = []
-    launch, split = cached._splits, []
+    assert splits.split_count(Problem(1, 3, 1, 1, 300, 20, 12, q.dtype, "cpu", Mask(), 1.0), 1, 16) == 18
     for most in (128, 7, 1):
-        cached._splits = lambda *args, most=most: split.append(min(most, launch(*args))) or split[-1]
-        try:
-            found.append(attention_with_cache(q, None, None, cache, backend="triton"))
-        finally:
-            cached._splits = launch
-    assert split == [18, 7, 1]
+        monkeypatch.setattr(config, "MOST_SPLITS", most)
+        found.append(attention_with_cache(q, None, None, cache, backend="triton"))
+        found.append(longattn.attention(q, k, v, backend="triton"))
     for other in found[1:]:
         torch.testing.assert_close(found[0], other)
 
