@@ -25,7 +25,7 @@ from longattn.backends.triton.splits import attend
 from longattn.errors import InvalidInput
 from longattn.problem import CacheTensors, Problem, Slots
 
-_NEW_TOKENS = 16  # of a head a program
+_NEW_ENTRIES = 1024  # of a head a program: tokens times padded width
 
 
 def append(problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
@@ -66,8 +66,9 @@ def _take_in(problem: Problem, tensors: CacheTensors, slots: Slots) -> tuple[Ten
         near = torch.empty_like(q)
         far = torch.empty_like(q) if problem.frame else None
     heads = (0 if near is None else problem.q_heads), (0 if tensors.k is None else problem.kv_heads)
-    tiles = math.ceil(problem.nq / _NEW_TOKENS)
-    tokens = min(_NEW_TOKENS, 1 << max(0, problem.nq - 1).bit_length())
+    most = max(1, _NEW_ENTRIES // padded(max(problem.head_dim, problem.v_head_dim)))
+    tokens = min(most, 1 << max(0, problem.nq - 1).bit_length())
+    tiles = math.ceil(problem.nq / tokens)
     rotation, pairs = Rotation(None, 0, None, 0, 1.0, 0), 0
     if tensors.inv_freq is not None:
         pairs = tensors.inv_freq.shape[-1]
