@@ -3,8 +3,8 @@
     python -m benchmarks.compile_gpu [--architectures 80 90 100] [--update]
 
 Calls go the way that a user's go, on tensors without data, up to the launch, where the kernel is compiled for the
-architecture in question. The report, benchmarks/triton-kernels.txt, has a line for each kernel: registers, stack, shared
-memory, and the instructions that matter, counted in the machine code. Fails if a kernel does not compile, takes more
+architecture in question. The report, benchmarks/triton-kernels.txt, has a line for each kernel: registers, stack,
+shared memory, and the instructions that matter, counted in the machine code. Fails if a kernel does not compile, takes more
 shared memory than a block may, if a 16-bit kernel of at most 128 wide heads keeps registers on the stack, if the main
 loops for sm_90 have no wgmma, or if the report is not what is committed: what a change does to the code is then seen in
 the change. --update writes the report anew.
@@ -37,7 +37,13 @@ from longattn.problem import CacheTensors, Problem, Slots, Tensors, cache_featur
 REPORT = Path(__file__).with_name("triton-kernels.txt")
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may use
 MAIN_LOOPS = ("forward_kernel", "key_gradient_kernel", "query_gradient_kernel")
-UNSPILLED = (*MAIN_LOOPS, "attend_kernel", "bias_gradient_kernel", "combine_kernel", "delta_kernel")  # others have sines
+UNSPILLED = (
+    *MAIN_LOOPS,
+    "attend_kernel",
+    "bias_gradient_kernel",
+    "combine_kernel",
+    "delta_kernel",
+)  # others have sines
 # Instructions by what they begin with: products, loads of tiles, exponentials, barriers, what goes to the stack.
 INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "FFMA", "UTMALDG", "LDGSTS", "LDG", "LDSM", "MUFU.EX2", "BAR", "STL", "LDL")
 MASKS = {"full": Mask(), "causal": Mask(right=0)}
@@ -178,7 +184,9 @@ def _call_on_cache(case: Case) -> None:
     lens = _empty(batch, dtype=torch.int32)
     tensors = CacheTensors(q, k, v, lens, lens, inv_freq=_empty(rotated))
     mask = Mask(right=0)
-    slots = Slots(*(_empty(batch, kv_heads, keys, case.width, dtype=stored) for _ in range(2)), None, None, lens[:, None])
+    slots = Slots(
+        *(_empty(batch, kv_heads, keys, case.width, dtype=stored) for _ in range(2)), None, None, lens[:, None]
+    )
     if case.kind == "prompt":
         pages = (_empty(4096, kv_heads, page, case.width, dtype=stored) for _ in range(2))
         slots = Slots(*pages, None, None, _empty(batch, keys // page, dtype=torch.int32))

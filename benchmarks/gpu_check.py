@@ -33,7 +33,7 @@ LAUNCHES = 2000
 
 
 class Target(NamedTuple):
-    """A figure to reach: how many times as fast as a peer, or which share of a plain read or copy of the same memory."""
+    """A figure to reach: how many times as fast as a peer, or as a plain read or copy of the same memory."""
 
     name: str
     goal: float
@@ -184,11 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
     path = RESULTS / f"{name}-{datetime.date.today():%Y-%m-%d}.json"
     path.parent.mkdir(exist_ok=True)
     report.write(path)
-    path.with_suffix(".txt").write_text(
-        "\n".join([f"tests {'passed' if passed else 'FAILED'}", *(f"{k}: {v:.1f} us" for k, v in overheads.items()), *lines])
-        + "\n",
-        encoding="utf-8",
-    )  # fmt: skip
+    head = [f"tests {'passed' if passed else 'FAILED'}", *(f"{what}: {us:.1f} us" for what, us in overheads.items())]
+    path.with_suffix(".txt").write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
     plots = path.with_suffix("")
     plots.mkdir(exist_ok=True)
     plot(report, plots)

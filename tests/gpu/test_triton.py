@@ -120,7 +120,9 @@ FEATURES: dict[str, Callable[[], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("feature", "dtype"), drawn(FEATURES, (torch.bfloat16, torch.float16, torch.float32), rounds=2))
+@pytest.mark.parametrize(
+    ("feature", "dtype"), drawn(FEATURES, (torch.bfloat16, torch.float16, torch.float32), rounds=2)
+)
 def test_features(feature: str, dtype: torch.dtype) -> None:
     check(*draw((HQ, 2), (NQ, NK), (64, 64), dtype, B), **FEATURES[feature]())
 
@@ -133,10 +135,8 @@ def test_packed() -> None:
         arguments = (q, k, v, cu_q, cu_k, 190, 301)
         dout, dlse = torch.randn_like(q), torch.randn(4, 269)
         got = run(attention, arguments, dout, dlse, backend="triton", **keywords)
-        exact = run(
-            longattn.attention_varlen, [x.float() if x.is_floating_point() else x for x in arguments[:3]] + [*arguments[3:]],
-            dout.float(), dlse, backend="reference", **keywords,
-        )  # fmt: skip
+        wide = [x.float() if x.is_floating_point() else x for x in arguments[:5]]
+        exact = run(longattn.attention_varlen, (*wide, 190, 301), dout.float(), dlse, backend="reference", **keywords)
         for name, x in got.items():
             scale = float(exact[name].abs().max())
             torch.testing.assert_close(x.float(), exact[name].float(), atol=2e-2 * scale, rtol=2e-2, msg=name)
@@ -182,11 +182,11 @@ def test_more_than_two_to_the_31_entries() -> None:
     q, k, v, dout = (torch.randn(1, 1, rows, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
     assert q.numel() > 2**31
     found = []
+    places = torch.arange(rows, device=DEVICE, dtype=torch.float32)
     for part in (slice(None), slice(rows - seen, None)):
         leaves = [x[:, :, part].detach().requires_grad_() for x in (q, k, v)]
-        out = longattn.attention(*leaves, causal=True, window=100, rope=Rope(128), backend="triton",
-                                 positions=torch.arange(rows - seen, rows, device=DEVICE).float()
-                                 if part.start else torch.arange(rows, device=DEVICE).float())  # fmt: skip
+        call = {"causal": True, "window": 100, "rope": Rope(128), "positions": places[part]}
+        out = longattn.attention(*leaves, **call, backend="triton")
         grads = torch.autograd.grad(out, leaves, dout[:, :, part])
         found.append([x[:, :, -300:].clone() for x in (out, *grads)])
         del out, grads, leaves
@@ -230,13 +230,11 @@ def test_caches(kind: str, storage: torch.dtype) -> None:
     slopes, sinks = torch.rand(8, device=DEVICE), torch.randn(8, device=DEVICE)
     for new, lengths in ((1500, None), (1, None), (33, [33, 5]), (1, None)):
         q, k, v = (torch.randn(2, heads, new, 128, device=DEVICE).to(dtype) for heads in (8, 2, 2))
+        call = {"lengths": lengths, "rope": Rope(128), "alibi_slopes": slopes, "sink_logits": sinks, "return_lse": True}
         got, expected = (
-            attention_with_cache(
-                q, k, v, cache, lengths=lengths, rope=Rope(128), alibi_slopes=slopes, sink_logits=sinks, return_lse=True,
-                backend=backend,
-            )
+            attention_with_cache(q, k, v, cache, backend=backend, **call)
             for cache, backend in zip(caches, ("triton", "reference"), strict=True)
-        )  # fmt: skip
+        )
         # Keys round before they are stored, and a step of int8 is what one rounding may move.
         limit = 3e-2 if storage == torch.int8 else 1e-2
         torch.testing.assert_close(got[0].float(), expected[0].float(), atol=limit, rtol=limit)

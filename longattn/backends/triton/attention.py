@@ -54,9 +54,7 @@ class Call:
             self.for_q = for_k[..., start : start + problem.nq] if for_q is None else for_q
             self.for_k = for_k
             self.q, self.k = torch.empty_like(self.q), torch.empty_like(self.k)
-            self._turn(
-                [Turn(tensors.q, self.for_q, self.q), Turn(tensors.k, self.for_k, self.k)], inverse=False
-            )
+            self._turn([Turn(tensors.q, self.for_q, self.q), Turn(tensors.k, self.for_k, self.k)], inverse=False)
         self.descriptors = config.uses_descriptors(problem, architecture)
         self.sequences = _sequences(problem, tensors)
         self.mask = _visibility(problem, tensors)

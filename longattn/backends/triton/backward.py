@@ -135,17 +135,20 @@ def query_gradient_kernel(
             at = tile_start(n, sink_start, sink_tiles, start, N)
             acc, dslope = _add_queries(
                 acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, at, x, d, i,
-                p, lo, hi, b, h, group, lq, lk, sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
+                p, lo, hi, b, h, group, lq, lk, sequences.nk, slope, mask, terms, dropout,
+                N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
             )  # fmt: skip
     for at in range(middle, right, N):
         acc, dslope = _add_queries(
-            acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, at, x, d, i, p, lo, hi,
-            b, h, group, lq, lk, sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, False,
+            acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, at, x, d, i, p, lo,
+            hi, b, h, group, lq, lk, sequences.nk, slope, mask, terms, dropout,
+            N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, False,
         )  # fmt: skip
     for at in range(right, stop, N):
         acc, dslope = _add_queries(
-            acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, at, x, d, i, p, lo, hi,
-            b, h, group, lq, lk, sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
+            acc, dslope, q, dout, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, at, x, d, i, p, lo,
+            hi, b, h, group, lq, lk, sequences.nk, slope, mask, terms, dropout,
+            N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
         )  # fmt: skip
 
     store_rows(rows_of(dq_rows, row, h, q_first), dq_rows, first, inside, acc * terms.scale, M, WIDTH, D)
@@ -155,7 +158,8 @@ def query_gradient_kernel(
 
 @triton.jit
 def _add_keys(
-    dk, dv, k, v, h, at, q_rows, dout_rows, q_tiles, dout_tiles, row, q_first, lse, delta, first, shown, b, heads, lq, lk, shift, sequences, mask, terms, dropout,
+    dk, dv, k, v, h, at, q_rows, dout_rows, q_tiles, dout_tiles, row, q_first, lse, delta, first, shown, b, heads,
+    lq, lk, shift, sequences, mask, terms, dropout,
     M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr, TEST: tl.constexpr,
 ):  # fmt: skip

@@ -33,9 +33,7 @@ def append(problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
     _take_in(problem, tensors, slots)
 
 
-def decode(
-    problem: Problem, tensors: CacheTensors, slots: Slots, out: Tensor, lse: Tensor, interpreted: bool
-) -> None:
+def decode(problem: Problem, tensors: CacheTensors, slots: Slots, out: Tensor, lse: Tensor, interpreted: bool) -> None:
     """Backend.decode."""
     if tensors.k is None and slots.ring:
         _check_ring(problem, tensors, slots)
@@ -119,7 +117,9 @@ def _pages(slots: Slots) -> Pages:
 
 def _lengths(tensors: CacheTensors) -> Lengths:
     tree = None if tensors.tree is None else tensors.tree.contiguous().view(torch.uint8)
-    return Lengths(None, tensors.key_lens, tensors.query_lens, *_per_sequence(tree, 2), *_per_sequence(tensors.depths, 1))
+    return Lengths(
+        None, tensors.key_lens, tensors.query_lens, *_per_sequence(tree, 2), *_per_sequence(tensors.depths, 1)
+    )
 
 
 def _tables(tensors: CacheTensors) -> Tables:

@@ -81,7 +81,7 @@ _DECODE: dict[int, dict[int, tuple[Tiles, Tiles]]] = {
     },
     4: {
         64: (Tiles(16, 64, 4, 2), Tiles(32, 32, 4, 2)),
-        128: (Tiles(16, 32, 4, 2), Tiles(32, 32, 4, 1)),
+        128: (Tiles(16, 32, 4, 2), Tiles(32, 32, 8, 1)),
         256: (Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1)),
         512: (Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
     },

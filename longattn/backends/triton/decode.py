@@ -1,4 +1,4 @@
-"""Attention of few queries: the keys of a sequence are split among programs, and a second kernel merges what they found.
+"""Attention of few queries: keys are split among programs, and a second kernel merges what they found.
 
 The query heads that read one key/value head are rows of one tile, row r being query r // group of head r % group, so
 that every key is read once for all of them. Each split gives its own softmax and log-sum, and

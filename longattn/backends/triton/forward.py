@@ -97,17 +97,20 @@ def forward_kernel(
             at = tile_start(n, sink_start, sink_tiles, start, N)
             acc, top, total = _attend(
                 acc, top, total, q, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, at, i, p, lo,
-                hi, b, h, group, lq, lk, sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
+                hi, b, h, group, lq, lk, sequences.nk, slope, mask, terms, dropout,
+                N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
             )  # fmt: skip
     for at in range(middle, right, N):
         acc, top, total = _attend(
             acc, top, total, q, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, at, i, p, lo, hi, b, h,
-            group, lq, lk, sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, False,
+            group, lq, lk, sequences.nk, slope, mask, terms, dropout,
+            N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, False,
         )  # fmt: skip
     for at in range(right, stop, N):
         acc, top, total = _attend(
             acc, top, total, q, k_base, v_base, k_rows, v_rows, k_tiles, v_tiles, row, k_first, at, i, p, lo, hi, b, h,
-            group, lq, lk, sequences.nk, slope, mask, terms, dropout, N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
+            group, lq, lk, sequences.nk, slope, mask, terms, dropout,
+            N, WIDTH, V_WIDTH, D, DV, PLAIN, PRECISION, True,
         )  # fmt: skip
 
     seen = total > 0

@@ -91,9 +91,7 @@ class ScoreTerms(NamedTuple):
             bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
         slopes = float32(slopes)
         by_batch = slopes is not None and slopes.dim() == 2
-        return cls(
-            problem.scale, problem.softcap or None, bias, *strides, slopes, problem.q_heads if by_batch else 0
-        )
+        return cls(problem.scale, problem.softcap or None, bias, *strides, slopes, problem.q_heads if by_batch else 0)
 
 
 class Dropout(NamedTuple):

@@ -1,4 +1,4 @@
-"""Calls on a cache in Triton's interpreter: the cache's model, with tiles small enough that keys are split among many."""
+"""Calls on a cache in Triton's interpreter, against the cache's model; tiles are so small that many share the keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "LEAST_TILES", 1)
 
 
-def stream(kind: str, dtype: torch.dtype = torch.float32, storage: torch.dtype | None = None, **keywords: Any) -> Stream:
+def stream(
+    kind: str, dtype: torch.dtype = torch.float32, storage: torch.dtype | None = None, **keywords: Any
+) -> Stream:
     """Two sequences of grouped heads, with widths that fill no tile."""
     options: dict[str, Any] = {"positions": "cache"} if keywords.pop("cache_positions", False) else {}
     options |= {"spare": 3} if kind == "sliding" else {}
@@ -119,9 +121,7 @@ def test_positions_in_the_cache(rope: Rope) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "scaling"),
-    drawn(
-        KINDS, (DynamicNTK(2.0, 16), LongRoPE(4.0, 16, [1.0 + i for i in range(10)], [2.0 + i for i in range(10)]))
-    ),
+    drawn(KINDS, (DynamicNTK(2.0, 16), LongRoPE(4.0, 16, [1.0 + i for i in range(10)], [2.0 + i for i in range(10)]))),
 )
 def test_frequencies_that_change_with_the_length(kind: str, scaling: Any) -> None:
     steps = stream(kind, rope=Rope(20, scaling=scaling))
@@ -145,7 +145,9 @@ def test_queries_alone_and_positions() -> None:
             with pytest.raises(InvalidInput, match="keys that the ring still holds, got 12 keys of 9"):
                 attention_with_cache(q, None, None, cache, backend="triton")
             q = q[:, :, :1]
-        found = [attention_with_cache(q, None, None, cache, return_lse=True, backend=name) for name in ("triton", "cpu")]
+        found = [
+            attention_with_cache(q, None, None, cache, return_lse=True, backend=name) for name in ("triton", "cpu")
+        ]
         for got, expected in zip(*found, strict=True):
             torch.testing.assert_close(got, expected)
     q = torch.randn(1, 2, 3, 20)
