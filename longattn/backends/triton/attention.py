@@ -38,7 +38,7 @@ from longattn.backends.triton.splits import attend
 from longattn.problem import Problem, Tensors
 
 _DELTA_ROWS = 16
-_STRIDE_UNIT = 8  # strides of a descriptor are multiples of so many entries of 16 bits
+_ALIGNMENT = 16  # bytes: of what is loaded at once, and of what a descriptor describes
 _CACHED_BYTES = 32 << 20  # what a GPU's cache is trusted to keep while tiles go by
 
 
@@ -48,12 +48,12 @@ class Call:
     def __init__(self, problem: Problem, tensors: Tensors, architecture: int, interpreted: bool) -> None:
         self.problem, self.tensors, self.interpreted = problem, tensors, interpreted
         self.kernels = config.kernels(problem, architecture)
-        self.q, self.k, self.v = tensors.q, tensors.k, tensors.v
+        self.q, self.k, self.v = (_aligned(x) for x in (tensors.q, tensors.k, tensors.v))
         if tensors.inv_freq is not None:
             for_q, for_k, start = rotation_positions(problem, tensors)
             self.for_q = for_k[..., start : start + problem.nq] if for_q is None else for_q
             self.for_k = for_k
-            self.q, self.k = torch.empty_like(self.q), torch.empty_like(self.k)
+            self.q, self.k = _empty_rows(self.q), _empty_rows(self.k)
             self._turn([Turn(tensors.q, self.for_q, self.q), Turn(tensors.k, self.for_k, self.k)], inverse=False)
         self.descriptors = config.uses_descriptors(problem, architecture)
         self.sequences = _sequences(problem, tensors)
@@ -90,7 +90,7 @@ class Call:
         )  # fmt: skip
 
     def backward(self, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
-        problem, tensors = self.problem, self.tensors
+        problem, tensors, dout = self.problem, self.tensors, _aligned(dout)
         delta = torch.empty_like(lse)
         launch.launch(
             delta_kernel, math.ceil(problem.nq / _DELTA_ROWS) * lse.shape[0] * lse.shape[1],
@@ -167,13 +167,13 @@ class Call:
 
     def _tiles(self, x: Tensor, rows: int) -> Any:
         """The descriptor of x for tiles of `rows` rows, or None where the hardware has none or cannot describe x."""
-        if not self.descriptors or not x.numel() or x.data_ptr() % 16:
+        if not self.descriptors or not x.numel():
             return None
         sizes, strides = list(x.shape), list(x.stride())
         for at, size in enumerate(sizes[:3]):
             if size == 1:
-                strides[at] = _STRIDE_UNIT  # of no meaning, but looked at
-            if not strides[at] or strides[at] % _STRIDE_UNIT:
+                strides[at] = _ALIGNMENT  # of no meaning, but looked at
+            if not strides[at]:
                 return None
         strides[3] = 1
         return TensorDescriptor(x, sizes, strides, [1, 1, rows, padded(x.shape[3])])
@@ -225,6 +225,20 @@ def rope(turns: Sequence[Turn], inv_freq: Tensor, factor: float, interleaved: bo
         PAIRS=pairs, WIDTH=width, INTERLEAVED=interleaved, INVERSE=inverse, T=tokens, H=heads, P=block, REST=rest,
         num_warps=4,
     )  # fmt: skip
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it whose rows lie at multiples of 16 bytes: else each entry is loaded by itself."""
+    unit = _ALIGNMENT // x.itemsize
+    if not any(stride % unit for stride in x.stride()[:3]) and not x.data_ptr() % _ALIGNMENT:
+        return x
+    return _empty_rows(x).copy_(x)
+
+
+def _empty_rows(x: Tensor) -> Tensor:
+    """An empty tensor of x's shape, of aligned rows."""
+    unit = _ALIGNMENT // x.itemsize
+    return x.new_empty(*x.shape[:3], math.ceil(x.shape[3] / unit) * unit)[..., : x.shape[3]]
 
 
 def _sequences(problem: Problem, tensors: Tensors) -> Sequences:

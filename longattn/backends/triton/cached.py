@@ -38,6 +38,7 @@ def decode(problem: Problem, tensors: CacheTensors, slots: Slots, out: Tensor, l
     if tensors.k is None and slots.ring:
         _check_ring(problem, tensors, slots)
     near, far = _take_in(problem, tensors, slots)
+    assert near is not None
     attend(
         problem,
         near,
@@ -56,7 +57,7 @@ def decode(problem: Problem, tensors: CacheTensors, slots: Slots, out: Tensor, l
     )
 
 
-def _take_in(problem: Problem, tensors: CacheTensors, slots: Slots) -> tuple[Tensor, Tensor | None]:
+def _take_in(problem: Problem, tensors: CacheTensors, slots: Slots) -> tuple[Tensor | None, Tensor | None]:
     """Append the new keys and values. (q rotated as for most keys, and as for the sinks if their places differ)."""
     q, turn = tensors.q, tensors.inv_freq is not None
     near = far = None

@@ -55,8 +55,8 @@ _SCORED: dict[int, dict[int, Kernels]] = {
         128: Kernels(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
     },
     90: {
-        64: Kernels(Tiles(128, 64, 8, 2), Tiles(32, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1)),
-        128: Kernels(Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1)),
+        64: Kernels(Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1)),
+        128: Kernels(Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1)),
     },
 }
 _SCORED[100] = _SCORED[90]

@@ -85,13 +85,20 @@ class ScoreTerms(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem, bias: Tensor | None, slopes: Tensor | None) -> ScoreTerms:
-        strides: tuple[int, ...] = (0, 0, 0, 0)
+        strides: Any = (0, 0, 0, 0)
         if bias is not None:
             strides = tuple(0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
             bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
         slopes = float32(slopes)
         by_batch = slopes is not None and slopes.dim() == 2
-        return cls(problem.scale, problem.softcap or None, bias, *strides, slopes, problem.q_heads if by_batch else 0)
+        return cls(
+            problem.scale,
+            problem.softcap or None,
+            bias,
+            *strides[:4],
+            slopes=slopes,
+            slopes_batch=problem.q_heads if by_batch else 0,
+        )
 
 
 class Dropout(NamedTuple):
