@@ -47,7 +47,6 @@ class Call:
 
     def __init__(self, problem: Problem, tensors: Tensors, architecture: int, interpreted: bool) -> None:
         self.problem, self.tensors, self.interpreted = problem, tensors, interpreted
-        self.kernels = config.kernels(problem, architecture)
         self.q, self.k, self.v = (_aligned(x) for x in (tensors.q, tensors.k, tensors.v))
         if tensors.inv_freq is not None:
             for_q, for_k, start = rotation_positions(problem, tensors)
@@ -55,7 +54,12 @@ class Call:
             self.for_k = for_k
             self.q, self.k = _empty_rows(self.q), _empty_rows(self.k)
             self._turn([Turn(tensors.q, self.for_q, self.q), Turn(tensors.k, self.for_k, self.k)], inverse=False)
-        self.descriptors = config.uses_descriptors(problem, architecture)
+        self.descriptors = config.uses_descriptors(problem, architecture) and all(
+            size == 1 or stride
+            for x in (self.q, self.k, self.v)
+            for size, stride in zip(x.shape, x.stride(), strict=True)
+        )
+        self.kernels = config.kernels(problem, architecture, self.descriptors)
         self.sequences = _sequences(problem, tensors)
         self.mask = _visibility(problem, tensors)
         self.terms = ScoreTerms.of(problem, tensors.bias, tensors.alibi_slopes)

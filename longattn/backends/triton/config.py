@@ -48,7 +48,8 @@ _HALF: dict[int, dict[int, Kernels]] = {
 }
 _HALF[100] = _HALF[90]
 
-# Where scores are more than products, or weights are dropped, for want of registers; wider heads as above.
+# For want of registers where scores are more than products, weights are dropped, or addresses are computed that the
+# hardware else would; wider heads as above.
 _SCORED: dict[int, dict[int, Kernels]] = {
     80: {
         64: Kernels(Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 1)),
@@ -56,7 +57,7 @@ _SCORED: dict[int, dict[int, Kernels]] = {
     },
     90: {
         64: Kernels(Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1)),
-        128: Kernels(Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1)),
+        128: Kernels(Tiles(128, 32, 8, 2), Tiles(16, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1)),
     },
 }
 _SCORED[100] = _SCORED[90]
@@ -106,13 +107,18 @@ def padded(width: int) -> int:
     return max(MIN_WIDTH, 1 << (width - 1).bit_length())
 
 
-def kernels(problem: Problem, architecture: int) -> Kernels:
-    """The table's entry for a call; an architecture without one takes that of the next older."""
+def kernels(problem: Problem, architecture: int, described: bool) -> Kernels:
+    """The table's entry for a call; an architecture without one takes that of the next older.
+
+    Args:
+        described: whether tiles are read by their descriptors, where the architecture has them.
+    """
     width = max(64, padded(max(problem.head_dim, problem.v_head_dim)))
     if problem.dtype == torch.float32:
         return _FLOAT[width]
     known = max(known for known in ARCHITECTURES if known <= max(architecture, ARCHITECTURES[0]))
-    if width in _SCORED[known] and _SCORING & set(problem.features):
+    computes_addresses = known >= 90 and not described
+    if width in _SCORED[known] and (computes_addresses or _SCORING & set(problem.features)):
         return _SCORED[known][width]
     return _HALF[known][width]
 

@@ -24,7 +24,7 @@ SMALL = Kernels(*[Tiles(16, 16, 4, 1)] * 4)
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "kernels", lambda problem, architecture: SMALL)
+    monkeypatch.setattr(config, "kernels", lambda *_: SMALL)
 
 
 def ints(low: int, high: int, *shape: int) -> Tensor:
@@ -168,6 +168,22 @@ def test_rope(interleaved: bool) -> None:
             torch.testing.assert_close(got, exact, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("feature", ["window and sinks", "two sides"])
+def test_descriptors(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tensor cores of 9.0 on read by descriptor, as far as the interpreter goes; and what no descriptor fits."""
+    monkeypatch.setattr(config, "uses_descriptors", lambda problem, architecture: True)
+    made = []
+    descriptor = attention.TensorDescriptor
+    monkeypatch.setattr(attention, "TensorDescriptor", lambda *args: made.append(args[3]) or descriptor(*args))
+    call = FEATURES[feature]()
+    check_attention(*random_qkv(B, (HQ, 1), (NQ, 70), (16, 12), torch.float16), backend="triton", **call)
+    assert made == [[1, 1, 16, 16]] * 6  # of k, v, then of q, dout, k, v
+    made.clear()
+    q, k, v = random_qkv(1, (HQ, 1), (NQ, 70), 16, torch.float16)
+    check_attention(q, k.expand(1, HQ, 70, 16), v.expand(1, HQ, 70, 16), backend="triton", **call)
+    assert not made
+
+
 def test_what_it_refuses() -> None:
     q, k, v = random_qkv(1, (1, 1), (3, 3), 8)
     assert longattn.explain(q, k, v).backend == "cpu"  # the interpreter runs only where it is asked for
@@ -189,7 +205,7 @@ def test_the_table_covers_every_call() -> None:
 
 def test_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     big = Kernels(*[Tiles(128, 128, 4, 1)] * 4)
-    monkeypatch.setattr(config, "kernels", lambda problem, architecture: big)
+    monkeypatch.setattr(config, "kernels", lambda *_: big)
     assert architecture.self_check(torch.device("cpu")) is None
     right = attention.Call._query_tiles
     monkeypatch.setattr(attention.Call, "_query_tiles", lambda self, tiles: right(self, tiles) - 1)
