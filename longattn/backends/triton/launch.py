@@ -40,11 +40,12 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
 def _describe(arguments: tuple[Any, ...], signature: list[Any]) -> None:
     """Append all that Triton may specialise code for. Numbers stand for themselves: they repeat from call to call."""
     for x in arguments:
-        if isinstance(x, Tensor):
-            signature += (x.dtype, x.data_ptr() & 15)
+        kind = type(x)
+        if x is None or kind is int or kind is float:
+            signature.append(x)
         elif isinstance(x, tuple):
             _describe(x, signature)
-        elif x is None or isinstance(x, int | float):
-            signature.append(x)
+        elif isinstance(x, Tensor):
+            signature += (x.dtype, x.data_ptr() & 15)
         else:  # a descriptor
             signature += (x.base.dtype, *x.block_shape)
