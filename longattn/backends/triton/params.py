@@ -85,20 +85,15 @@ class ScoreTerms(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem, bias: Tensor | None, slopes: Tensor | None) -> ScoreTerms:
-        strides: Any = (0, 0, 0, 0)
+        strides = [0, 0, 0, 0]
         if bias is not None:
-            strides = tuple(0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
+            strides = [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
             bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+        batch, head, query, key = strides
         slopes = float32(slopes)
-        by_batch = slopes is not None and slopes.dim() == 2
-        return cls(
-            problem.scale,
-            problem.softcap or None,
-            bias,
-            *strides[:4],
-            slopes=slopes,
-            slopes_batch=problem.q_heads if by_batch else 0,
-        )
+        slopes_batch = problem.q_heads if slopes is not None and slopes.dim() == 2 else 0
+        softcap = problem.softcap or None
+        return cls(problem.scale, softcap, bias, batch, head, query, key, slopes, slopes_batch)
 
 
 class Dropout(NamedTuple):
