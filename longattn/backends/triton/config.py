@@ -46,17 +46,17 @@ _HALF: dict[int, dict[int, Kernels]] = {
         512: Kernels(Tiles(64, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
 }
-_HALF[100] = _HALF[90]
+_HALF[100] = {**_HALF[90], 128: _HALF[90][128]._replace(forward=Tiles(128, 64, 8, 3))}
 
 # For want of registers where scores are more than products, weights are dropped, or addresses are computed that the
 # hardware else would; wider heads as above.
 _SCORED: dict[int, dict[int, Kernels]] = {
     80: {
-        64: Kernels(Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 1)),
-        128: Kernels(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
+        64: Kernels(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1)),
+        128: Kernels(Tiles(64, 32, 4, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
     },
     90: {
-        64: Kernels(Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1)),
+        64: Kernels(Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 1)),
         128: Kernels(Tiles(128, 32, 8, 2), Tiles(16, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1)),
     },
 }
@@ -76,7 +76,7 @@ _FLOAT: dict[int, Kernels] = {
 _DECODE: dict[int, dict[int, tuple[Tiles, Tiles]]] = {
     2: {
         64: (Tiles(16, 128, 4, 3), Tiles(64, 64, 4, 2)),
-        128: (Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2)),
+        128: (Tiles(16, 64, 4, 3), Tiles(64, 32, 4, 2)),
         256: (Tiles(16, 64, 4, 2), Tiles(64, 32, 8, 2)),
         512: (Tiles(16, 32, 4, 2), Tiles(32, 32, 8, 1)),
     },
