@@ -53,7 +53,7 @@ _HALF[100] = {**_HALF[90], 128: _HALF[90][128]._replace(forward=Tiles(128, 64, 8
 _SCORED: dict[int, dict[int, Kernels]] = {
     80: {
         64: Kernels(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1)),
-        128: Kernels(Tiles(64, 32, 4, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+        128: Kernels(Tiles(64, 32, 4, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
     },
     90: {
         64: Kernels(Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 1)),
