@@ -39,7 +39,8 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 FACADES = ("longattn", "longattn.__main__")
 
 # Loaded on first use, inside a function; only the command line may import its own toolkit outright.
-HEAVY = {"click", "gguf", "matplotlib", "rich", "safetensors", "tokenizers", "tqdm", "transformers", "triton"}
+HEAVY = {"click", "gguf", "matplotlib", "rich", "sacrebleu", "safetensors", "sklearn", "tokenizers", "tqdm"}
+HEAVY |= {"transformers", "triton"}
 OPENLY = {"cli": {"click", "rich"}}
 
 # torch.library has one user, so that schemas, fakes and autograd stand in one place.

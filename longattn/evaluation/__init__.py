@@ -1,8 +1,9 @@
-"""Evaluation: loss by position on long held-out text, and what one call costs in time and memory."""
+"""Evaluation: metrics of tasks, loss by position on long held-out text, and what one call costs in time and memory."""
 
 from longattn.evaluation.attention_calls import ATTENTION_CALLS, attention_cost
 from longattn.evaluation.by_position import Bucket, LossByPosition, loss_by_position, loss_in_short_windows
 from longattn.evaluation.cost import Cost, CouldNotRun, measure
+from longattn.evaluation.metrics import accuracy, bleu, f1, mean_loss, perplexity, retrieval_accuracy
 
 __all__ = [
     "ATTENTION_CALLS",
@@ -10,8 +11,14 @@ __all__ = [
     "Cost",
     "CouldNotRun",
     "LossByPosition",
+    "accuracy",
     "attention_cost",
+    "bleu",
+    "f1",
     "loss_by_position",
     "loss_in_short_windows",
+    "mean_loss",
     "measure",
+    "perplexity",
+    "retrieval_accuracy",
 ]

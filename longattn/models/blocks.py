@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from longattn.cache import Cache
 from longattn.errors import InvalidInput
 from longattn.models.config import TransformerConfig
+from longattn.models.precision import product_dtype
 from longattn.nn import Attention
 
 __all__ = ["Block", "FeedForward", "SwiGLU", "make_norm"]
@@ -178,7 +179,8 @@ class Block(nn.Module):
         return self._add(x, attended, self.attention_norm)
 
     def _before(self, x: Tensor, norm: nn.Module) -> Tensor:
-        return norm(x) if self.norm_first else x
+        x = norm(x) if self.norm_first else x
+        return x.to(product_dtype(x))
 
     def _add(self, x: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
         x = x + self.dropout(update)

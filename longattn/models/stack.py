@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longattn.cache import Cache
 from longattn.errors import InvalidInput
@@ -31,7 +32,13 @@ class Stack(nn.Module):
         config: of the model.
         layers: how many blocks.
         causal, cross_attention: of each `Block`.
+
+    Attributes:
+        recompute: keep each block's input only, and compute the block again in the backward (Chen et al., Sublinear
+            Memory Cost, arXiv 1604.06174); off by default.
     """
+
+    recompute = False
 
     def __init__(self, config: TransformerConfig, layers: int, *, causal: bool, cross_attention: bool = False) -> None:
         super().__init__()
@@ -68,7 +75,12 @@ class Stack(nn.Module):
             )
         x, attention = self._enter(x, token_types, attention)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cache=None if caches is None else caches[layer], **attention)
+            if caches is not None:
+                x = block(x, cache=caches[layer], **attention)
+            elif self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, **attention)
+            else:
+                x = block(x, **attention)
         return self.norm(x)
 
     def weights_of(

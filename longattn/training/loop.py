@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from longattn.errors import InvalidInput
 from longattn.models import TransformerConfig, autocast, matmul_dtype
+from longattn.models.stack import Stack
 from longattn.scaling import finite_number
 from longattn.training.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 
-__all__ = ["Batches", "Trainable", "TrainingConfig", "TrainingResult", "train"]
+__all__ = ["Batches", "Loss", "Trainable", "TrainingConfig", "TrainingResult", "train"]
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -48,6 +49,16 @@ class Trainable(Protocol):
         """A scalar; the arguments are the entries of a batch."""
 
 
+class Loss(Protocol):
+    """What is minimised in place of the model's own loss, such as `longattn.models.Distillation`."""
+
+    def __call__(self, *arguments: Any, **inputs: Any) -> Tensor:
+        """A scalar; the arguments are the entries of a batch."""
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the loss, in plain Python values: a resumed training must have the same."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How to train.
@@ -64,6 +75,8 @@ class TrainingConfig:
         max_grad_norm: gradients are scaled down to this norm.
         precision: "bfloat16" runs the products of matrices in it (autocast; weights stay float32), "float32" does
             not, "auto" does where the hardware gains from it.
+        recompute: keep the input of each block only, and compute the block again in the backward: a third more work,
+            in memory that hardly grows with the layers. The losses are the same.
         save_every: steps between checkpoints; 0 saves at the end only.
 
     Raises:
@@ -80,6 +93,7 @@ class TrainingConfig:
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     precision: str = "auto"
+    recompute: bool = False
     save_every: int = 200
 
     def __post_init__(self) -> None:
@@ -99,6 +113,8 @@ class TrainingConfig:
             finite_number(name, getattr(self, name), at_least=low, at_most=high)
         if self.precision not in PRECISIONS:
             raise InvalidInput("precision", f"one of {', '.join(PRECISIONS)}", repr(self.precision))
+        if not isinstance(self.recompute, bool):
+            raise InvalidInput("recompute", "a bool", repr(self.recompute))
 
     def progress(self, step: int, elapsed: float) -> float:
         """The share of the training that is done after `step` steps and `elapsed` seconds; 1: all."""
@@ -135,6 +151,7 @@ def train(
     batches: Batches,
     config: TrainingConfig,
     *,
+    loss: Loss | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     description: str = "training",
@@ -148,6 +165,7 @@ def train(
         model: a module that is `Trainable`; trained in place, on its device.
         batches: the data, the arguments of its `loss`.
         config: how.
+        loss: of a batch, in place of the model's own.
         checkpoint: where to save, every `save_every` steps, when interrupted, and at the end.
         resume: go on from the checkpoint, which must be of this model, data and config. The losses are those that an
             uninterrupted training would have had.
@@ -162,6 +180,8 @@ def train(
     device = next(model.parameters()).device
     dtype = config.dtype(device)
     settings = {"training": asdict(config), "data": batches.describe(), "dtype": str(dtype).removeprefix("torch.")}
+    if loss is not None:
+        settings["loss"] = loss.describe()
     optimizer = _optimizer(model, config)
     step, before = 0, 0.0
     if resume and checkpoint is not None:
@@ -174,6 +194,7 @@ def train(
 
     losses: list[float] = []
     tokens = 0
+    _set_recompute(model, config.recompute)
     model.train()
     start = time.perf_counter()
     with _interrupt_between_steps() as interrupted, _progress_bar(description, show_progress) as show:
@@ -182,11 +203,11 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate_at(step, progress)
             with autocast(device, dtype):
-                loss = model.loss(**inputs)
+                value = (loss or model.loss)(**inputs)
             optimizer.zero_grad()
-            loss.backward()
+            value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            losses.append(loss.item())
+            losses.append(value.item())
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(f"the loss of step {step} is {losses[-1]}: lower the learning rate")
             optimizer.step()
@@ -203,6 +224,14 @@ def train(
     save()
     model.eval()
     return TrainingResult(losses, step, tokens, time.perf_counter() - start)
+
+
+def _set_recompute(model: nn.Module, recompute: bool) -> None:
+    stacks = [module for module in model.modules() if isinstance(module, Stack)]
+    if recompute and not stacks:
+        raise InvalidInput("recompute", "False for a model that is none of longattn.models", type(model).__name__)
+    for stack in stacks:
+        stack.recompute = recompute
 
 
 def _inputs(batch: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -235,7 +264,7 @@ def _restore(
     """Put a checkpoint's state into model, optimiser and generator; (steps done, seconds used)."""
     for name, ours, theirs in (
         ("config", model.config.to_dict(), saved.config.to_dict()),
-        *((name, settings[name], saved.settings.get(name)) for name in settings),
+        *((name, settings.get(name), saved.settings.get(name)) for name in settings.keys() | saved.settings.keys()),
     ):
         if ours != theirs:
             raise InvalidInput(f"checkpoint's {name}", _different(ours, theirs), _different(theirs, ours))

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longattn.errors import InvalidInput
 
-__all__ = ["PackedDocuments", "TokenFile", "pack", "write_token_file"]
+__all__ = ["Documents", "PackedDocuments", "TokenFile", "pack", "write_token_file"]
 
 
 def write_token_file(
@@ -62,6 +62,25 @@ def write_token_file(
     return TokenFile(path)
 
 
+class Documents(Protocol):
+    """Texts as sequences of ids."""
+
+    vocab_size: int
+
+    def __len__(self) -> int:
+        """How many documents."""
+
+    def __getitem__(self, document: int) -> Tensor:
+        """The ids of a document, int64 [N]."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The tokens of each document, int64 [documents]."""
+
+    def digest(self) -> str:
+        """A fingerprint."""
+
+
 class TokenFile:
     """The documents of a token file, as sequences of ids; mapped from disk.
 
@@ -98,8 +117,7 @@ class TokenFile:
         """The ids of a document, int64 [N]."""
         if not 0 <= document < len(self):
             raise IndexError(document)
-        start = int(self._ends[document - 1]) if document else 0
-        return torch.from_numpy(self._tokens[start : int(self._ends[document])].astype(np.int64))
+        return torch.from_numpy(self._span(document).astype(np.int64))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -109,6 +127,54 @@ class TokenFile:
     def digest(self) -> str:
         """A fingerprint of the documents' lengths and the vocabulary."""
         return hashlib.sha256(self._ends.tobytes() + str(self.vocab_size).encode()).hexdigest()[:16]
+
+    def split(self, held_out: float = 0.1) -> tuple[Documents, Documents]:
+        """(training documents, held-out documents), as views of this file.
+
+        A document's side hangs on its tokens alone: adding documents moves no other, and the copies of one document are
+        all on one side. Reads the file once.
+
+        Args:
+            held_out: the expected share of held-out documents, in (0, 1).
+
+        Raises:
+            InvalidInput: a share out of range, or a side without a document.
+        """
+        if not 0.0 < held_out < 1.0:
+            raise InvalidInput("held_out", "a number in (0, 1)", held_out)
+        digests = (hashlib.sha256(self._span(document).tobytes()).digest() for document in range(len(self)))
+        is_held_out = np.array([int.from_bytes(digest[:8], "big") < held_out * 2**64 for digest in digests])
+        if is_held_out.all() or not is_held_out.any():
+            raise InvalidInput("held_out", "a share that leaves documents on both sides", f"{held_out} of {len(self)}")
+        return _Subset(self, np.flatnonzero(~is_held_out)), _Subset(self, np.flatnonzero(is_held_out))
+
+    def _span(self, document: int) -> np.ndarray:
+        start = int(self._ends[document - 1]) if document else 0
+        return self._tokens[start : int(self._ends[document])]
+
+
+class _Subset:
+    """Some documents of a token file."""
+
+    def __init__(self, file: TokenFile, chosen: np.ndarray) -> None:
+        self.vocab_size = file.vocab_size
+        self._file = file
+        self._chosen = chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, document: int) -> Tensor:
+        if not 0 <= document < len(self):
+            raise IndexError(document)
+        return self._file[int(self._chosen[document])]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._file.lengths[self._chosen]
+
+    def digest(self) -> str:
+        return hashlib.sha256(self._file.digest().encode() + self._chosen.tobytes()).hexdigest()[:16]
 
 
 def pack(documents: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -153,7 +219,7 @@ class PackedDocuments:
         InvalidInput: no document has two tokens.
     """
 
-    def __init__(self, documents: TokenFile, *, tokens: int, seed: int = 0) -> None:
+    def __init__(self, documents: Documents, *, tokens: int, seed: int = 0) -> None:
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 2:
             raise InvalidInput("tokens", "an int >= 2", repr(tokens))
         lengths = documents.lengths
