@@ -62,7 +62,7 @@ def main(
     bert: Path | None = None,
     *,
     files: Sequence[Path] | None = None,
-    steps: int = 300,
+    steps: int = 200,
     batch_size: int = 32,
     dim: int = 128,
     layers: int = 4,

@@ -21,7 +21,7 @@ from longattn.training import PackedDocuments, TokenFile, TrainingConfig, load_m
 
 
 def main(
-    gpt: Path, *, steps: int = 300, dim: int = 128, layers: int = 2, tokens: int = 4096, batches: int = 50
+    gpt: Path, *, steps: int = 200, dim: int = 128, layers: int = 2, tokens: int = 4096, batches: int = 50
 ) -> dict[str, float]:
     """Train both students, and return the held-out losses in nats per token."""
     teacher: Decoder = load_model(gpt / "model.safetensors")

@@ -56,7 +56,7 @@ def main(
     bert: Path | None = None,
     *,
     files: Sequence[Path] | None = None,
-    steps: int = 400,
+    steps: int = 250,
     batch_size: int = 64,
     dim: int = 128,
     layers: int = 4,

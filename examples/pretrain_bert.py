@@ -34,7 +34,7 @@ def main(
     folder: Path,
     *,
     files: Sequence[Path] | None = None,
-    steps: int = 1500,
+    steps: int = 800,
     vocab_size: int = 4096,
     dim: int = 128,
     layers: int = 4,

@@ -33,7 +33,7 @@ def main(
     folder: Path,
     *,
     files: Sequence[Path] | None = None,
-    steps: int = 500,
+    steps: int = 300,
     vocab_size: int = 4096,
     dim: int = 256,
     layers: int = 4,

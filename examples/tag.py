@@ -65,7 +65,7 @@ def windows(files: Sequence[Path], count: int, seed: int) -> list[LabelledTokens
 def main(
     *,
     files: Sequence[Path] | None = None,
-    steps: int = 600,
+    steps: int = 400,
     batch_size: int = 16,
     dim: int = 128,
     layers: int = 4,

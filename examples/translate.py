@@ -98,7 +98,7 @@ def translate(model: EncoderDecoder, texts: Sequence[str], limit: int = 100) -> 
     return [bytes(row[1:].tolist()).split(bytes([END]))[0].decode("utf-8", "replace") for row in tokens]
 
 
-def main(*, steps: int = 1500, batch_size: int = 64, dim: int = 128, examples: int = 50_000) -> tuple[float, float]:
+def main(*, steps: int = 1000, batch_size: int = 64, dim: int = 128, examples: int = 50_000) -> tuple[float, float]:
     """Train, show some translations, and return the share of held-out numbers that come out right, and BLEU."""
     numbers = draw(examples, seed=0, wanted=False)
     pairs = [SequencePair(list(english(number).encode()), list(french(number).encode())) for number in numbers]
