@@ -1,11 +1,11 @@
 """A training step of a language model of SmolLM2-135M's shape: ours, and transformers' with SDPA and eager attention.
 
 python -m benchmarks.training_step --tokens 2048 --tokens 8192
-python -m benchmarks.training_step --tokens 32768 --rounds 1 --contender longattn
+python -m benchmarks.training_step --tokens 32768 --rounds 1 --warm-ups 0 --contender longattn
 
 A step is the loss of one sequence, its gradients, and AdamW, as `longattn.training.train` takes it: weights in float32,
-the products of matrices in bfloat16 by autocast. Each contender runs in a process of its own, which takes one step
-untimed and one timed; the contenders take turns. The memory is the highest that the process had resident, with all that
+the products of matrices in bfloat16 by autocast. Each contender runs in a process of its own, which times its last
+step; the contenders take turns. The memory is the highest that the process had resident, with all that
 it loaded. What needs more memory than is free by estimate is not run, and said to be.
 """
 
@@ -54,6 +54,8 @@ Loss = Callable[[Tensor], Tensor]
 @click.option("--threads", type=click.IntRange(min=1), default=torch.get_num_threads(), help="Of the CPU.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Of the matrix products.")
 @click.option("--layers", default=SMOLLM2["layers"], help="Fewer are quicker, and another model.")
+@click.option("--window", type=int, help="All layers see this many tokens only; of longattn alone.")
+@click.option("--warm-ups", default=1, help="Steps that are not timed.")
 @click.option("--only", hidden=True, help="What a process runs, as JSON.")
 def main(
     tokens: tuple[int, ...],
@@ -62,6 +64,8 @@ def main(
     threads: int,
     dtype: str,
     layers: int,
+    window: int | None,
+    warm_ups: int,
     only: str | None,
 ) -> None:
     """Seconds and peak memory of a training step of SmolLM2's shape."""
@@ -78,8 +82,9 @@ def main(
         for _ in range(rounds):
             for name in names:
                 if (needed := estimated_bytes(name, count, layers)) < _free_bytes():
-                    job = {"name": name, "tokens": count, "threads": threads, "dtype": dtype, "layers": layers}
-                    samples[name].append(_in_a_process(job))
+                    shape = {"layers": layers} | ({"pattern": "S", "window": window} if window else {})
+                    job = {"name": name, "tokens": count, "threads": threads, "dtype": dtype}
+                    samples[name].append(_in_a_process({**job, "changes": shape, "warm_ups": warm_ups}))
                 else:
                     click.echo(f"{count:>8} {name:>12} not run: needs about {needed / 1e9:.0f} GB", err=True)
         for name, found in samples.items():
@@ -140,15 +145,17 @@ def _in_a_process(job: dict[str, Any]) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _measure(name: str, tokens: int, threads: int, dtype: str, layers: int) -> dict[str, float]:
+def _measure(
+    name: str, tokens: int, threads: int, dtype: str, changes: dict[str, Any], warm_ups: int
+) -> dict[str, float]:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model, loss = contender(name, {**SMOLLM2, "layers": layers}, recompute=tokens >= RECOMPUTE_FROM)
+    model, loss = contender(name, {**SMOLLM2, **changes}, recompute=tokens >= RECOMPUTE_FROM)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     windows = torch.randint(0, SMOLLM2["vocab_size"], (1, tokens + 1))
     seconds = 0.0
-    for _ in range(2):
+    for _ in range(warm_ups + 1):
         start = time.perf_counter()
         with autocast("cpu", getattr(torch, dtype)):
             value = loss(windows)

@@ -62,6 +62,7 @@ class Distillation:
         student = self.student.hidden_states(tokens, cu_seqlens=cu_seqlens)
         with torch.no_grad():
             teacher = self.teacher.hidden_states(tokens, cu_seqlens=cu_seqlens)
+        counted = targets != IGNORED
         weight, teacher_weight = self.student.output_weight, self.teacher.output_weight.detach()
         loss = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
         if self.share < 1:
@@ -73,12 +74,12 @@ class Distillation:
                 teacher,
                 teacher_weight,
                 temperature=self.temperature,
-                counted=targets != IGNORED,
+                counted=counted,
                 chunk=chunk,
             )
             loss = loss + self.share * learned
         if self.hidden_weight:
-            loss = loss + self.hidden_weight * hidden_state_loss(student.float(), teacher.float())
+            loss = loss + self.hidden_weight * hidden_state_loss(student, teacher, counted=counted)
         return loss
 
     def describe(self) -> dict[str, Any]:
