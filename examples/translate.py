@@ -98,7 +98,9 @@ def translate(model: EncoderDecoder, texts: Sequence[str], limit: int = 100) -> 
     return [bytes(row[1:].tolist()).split(bytes([END]))[0].decode("utf-8", "replace") for row in tokens]
 
 
-def main(*, steps: int = 1000, batch_size: int = 64, dim: int = 128, examples: int = 50_000) -> tuple[float, float]:
+def main(
+    *, steps: int = 1000, batch_size: int = 64, dim: int = 128, examples: int = 50_000, unseen: int = 200
+) -> tuple[float, float]:
     """Train, show some translations, and return the share of held-out numbers that come out right, and BLEU."""
     numbers = draw(examples, seed=0, wanted=False)
     pairs = [SequencePair(list(english(number).encode()), list(french(number).encode())) for number in numbers]
@@ -110,15 +112,15 @@ def main(*, steps: int = 1000, batch_size: int = 64, dim: int = 128, examples: i
     training = TrainingConfig(steps=steps, warmup=min(100, steps // 4), learning_rate=2e-3, weight_decay=0.01)
     train(model, batches, training, description="English to French")
 
-    unseen = draw(200, seed=1, wanted=True)
-    found = translate(model, [english(number) for number in unseen])
-    wanted = [french(number) for number in unseen]
-    for number, text in list(zip(unseen, found, strict=True))[:8]:
+    tested = draw(unseen, seed=1, wanted=True)
+    found = translate(model, [english(number) for number in tested])
+    wanted = [french(number) for number in tested]
+    for number, text in list(zip(tested, found, strict=True))[:8]:
         right = text == french(number)
         print(f"{english(number)}: {text}" + ("" if right else f"   (should be {french(number)})"))
-    exact = sum(text == reference for text, reference in zip(found, wanted, strict=True)) / len(unseen)
+    exact = sum(text == reference for text, reference in zip(found, wanted, strict=True)) / unseen
     score = bleu(found, wanted)
-    print(f"{exact:.1%} of {len(unseen)} numbers that were never trained on are right; BLEU {score:.1f}")
+    print(f"{exact:.1%} of {unseen} numbers that were never trained on are right; BLEU {score:.1f}")
     return exact, score
 
 
