@@ -26,7 +26,9 @@ def main(
     """Train both students, and return the held-out losses in nats per token."""
     teacher: Decoder = load_model(gpt / "model.safetensors")
     for_training, held_out = TokenFile(gpt / "text.tokens").split(0.1)
-    text, unseen = PackedDocuments(for_training, tokens=tokens, seed=1), PackedDocuments(held_out, tokens=tokens)
+    length = teacher.config.max_length
+    text = PackedDocuments(for_training, tokens=tokens, longest=length, seed=1)
+    unseen = PackedDocuments(held_out, tokens=tokens, longest=length)
     config = replace(teacher.config, dim=dim, layers=layers, heads=dim // 64, kv_heads=dim // 64, hidden=4 * dim)
     training = TrainingConfig(steps=steps, warmup=min(50, steps // 4), learning_rate=1.5e-3)
 
@@ -37,14 +39,16 @@ def main(
         distillation = Distillation(student, teacher, temperature=2.0, share=0.7) if name.endswith("teacher") else None
         train(student, text, training, loss=distillation, description=name)
         losses[name] = mean_loss(student, unseen, batches, dtype=matmul_dtype("cpu"))
-    sizes = {
-        name: sum(weight.numel() for weight in model.parameters())
-        for name, model in (("teacher", teacher), ("student", student))
-    }
+    sizes = {"teacher": weights(teacher), "student": weights(student)}
     for name, loss in losses.items():
         size = sizes[name.split()[0]]
         print(f"{name:22} {size:>10,} weights   {loss:.3f} nats per held-out token, perplexity {perplexity(loss):.1f}")
     return losses
+
+
+def weights(model: Decoder) -> int:
+    """How many."""
+    return sum(weight.numel() for weight in model.parameters())
 
 
 if __name__ == "__main__":

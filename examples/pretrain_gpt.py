@@ -26,6 +26,7 @@ from longattn.training import (
     write_token_file,
 )
 
+LENGTH = 512  # tokens that the model looks back, at most
 PROMPT = "def __init__(self, "
 
 
@@ -60,15 +61,23 @@ def main(
         dim=dim,
         layers=layers,
         heads=dim // 64,
-        max_length=512,
+        max_length=LENGTH,
     )
     model = Decoder(config)
     training = TrainingConfig(steps=steps, warmup=min(50, steps // 4), learning_rate=1.5e-3)
     checkpoint = folder / "model.safetensors"
-    train(model, PackedDocuments(for_training, tokens=tokens), training, checkpoint=checkpoint, description="GPT")
+    train(
+        model,
+        PackedDocuments(for_training, tokens=tokens, longest=LENGTH),
+        training,
+        checkpoint=checkpoint,
+        description="GPT",
+    )
 
     batches = min(50, 1 + int(held_out.lengths.sum()) // tokens)
-    loss = mean_loss(model, PackedDocuments(held_out, tokens=tokens), batches, dtype=matmul_dtype("cpu"))
+    loss = mean_loss(
+        model, PackedDocuments(held_out, tokens=tokens, longest=LENGTH), batches, dtype=matmul_dtype("cpu")
+    )
     characters = len("".join(texts)) / int(file.lengths.sum())
     print(
         f"held out: {loss:.3f} nats per token, perplexity {perplexity(loss):.1f}, {characters:.2f} characters a token"

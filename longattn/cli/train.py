@@ -223,7 +223,7 @@ def _documents(
     if objective == "causal":
 
         def make(text: Documents, seed: int) -> Batches:
-            return PackedDocuments(text, tokens=batch_size * context, seed=seed)
+            return PackedDocuments(text, tokens=batch_size * context, longest=context, seed=seed)
 
     elif objective == "masked":
         shape |= {f"{name}_id": tokenizer.id_of(token) for name, token in _MASKED_TOKENS.items()}

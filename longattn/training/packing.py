@@ -205,7 +205,7 @@ def pack(documents: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 class PackedDocuments:
-    """Training batches of whole documents, packed up to a number of tokens; longer ones are cut to windows of it.
+    """Training batches of whole documents, packed up to a number of tokens; long ones are cut to windows.
 
     Every batch has the same number of tokens: the last document is cut to fit. Documents are drawn by their length, so
     that every token is as likely as any other. The batch of a step hangs on the seed and the step alone.
@@ -213,15 +213,18 @@ class PackedDocuments:
     Args:
         documents: where the text is.
         tokens: T, tokens a batch, at least 2.
+        longest: the most tokens of a document, that is, how far any token looks back; T by default.
         seed: of what is drawn.
 
     Raises:
         InvalidInput: no document has two tokens.
     """
 
-    def __init__(self, documents: Documents, *, tokens: int, seed: int = 0) -> None:
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 2:
-            raise InvalidInput("tokens", "an int >= 2", repr(tokens))
+    def __init__(self, documents: Documents, *, tokens: int, longest: int | None = None, seed: int = 0) -> None:
+        longest = tokens if longest is None else longest
+        for name, value in (("tokens", tokens), ("longest", longest)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+                raise InvalidInput(name, "an int >= 2", repr(value))
         lengths = documents.lengths
         self._usable = np.flatnonzero(lengths > 1)
         if not len(self._usable):
@@ -229,6 +232,7 @@ class PackedDocuments:
         self._cumulative = np.cumsum(lengths[self._usable])
         self.documents = documents
         self.tokens = tokens
+        self.longest = min(longest, tokens)
         self.seed = seed
 
     def batch(self, step: int) -> dict[str, Tensor]:
@@ -239,16 +243,18 @@ class PackedDocuments:
         while room:
             place = rng.integers(self._cumulative[-1])
             document = self.documents[int(self._usable[np.searchsorted(self._cumulative, place, side="right")])]
-            if len(document) > room + 1:
-                start = int(rng.integers(len(document) - room))
-                document = document[start : start + room + 1]
+            most = min(room, self.longest)
+            if len(document) > most + 1:
+                start = int(rng.integers(len(document) - most))
+                document = document[start : start + most + 1]
             chosen.append(document)
             room -= len(document) - 1
         return pack(chosen)
 
     def describe(self) -> dict[str, Any]:
         """What decides the batches, in plain Python values."""
-        return {"tokens": self.tokens, "seed": self.seed, "documents": self.documents.digest()}
+        settings = {"tokens": self.tokens, "longest": self.longest, "seed": self.seed}
+        return {**settings, "documents": self.documents.digest()}
 
 
 def _ends_file(path: Path) -> Path:
