@@ -34,7 +34,7 @@ def main(
     folder: Path,
     *,
     files: Sequence[Path] | None = None,
-    steps: int = 800,
+    steps: int = 1200,
     vocab_size: int = 4096,
     dim: int = 128,
     layers: int = 4,
@@ -63,8 +63,17 @@ def main(
 
     for_training, held_out = file.split(0.1)
     torch.manual_seed(0)
+    # BERT's blocks with norms first and rotary positions: small models then learn from far fewer steps.
     config = TransformerConfig.style(
-        "bert", vocab_size=tokenizer.vocab_size, dim=dim, layers=layers, heads=dim // 32, max_length=128
+        "bert",
+        norm_first=True,
+        embedding_norm=False,
+        positions="rope",
+        vocab_size=tokenizer.vocab_size,
+        dim=dim,
+        layers=layers,
+        heads=dim // 32,
+        max_length=128,
     )
     model = MaskedLM(config, next_sentence=True)
     training = TrainingConfig(steps=steps, warmup=min(100, steps // 4), learning_rate=1e-3, weight_decay=0.01)
