@@ -104,7 +104,10 @@ def start_from(
         texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
         tokenizer = WordTokenizer(train_wordpiece(texts, 4096))
         sizes = {"vocab_size": tokenizer.vocab_size, "dim": dim, "layers": layers, "heads": dim // 32}
-        return tokenizer, SequenceClassifier(TransformerConfig.style("bert", max_length=LENGTH, **sizes), classes)
+        blocks = {"norm_first": True, "embedding_norm": False, "positions": "rope"}  # pretrain_bert.py's
+        return tokenizer, SequenceClassifier(
+            TransformerConfig.style("bert", max_length=LENGTH, **sizes, **blocks), classes
+        )
     tokenizer = WordTokenizer(load_tokenizer(bert / "tokenizer.json"))
     pretrained = load_model(bert / "model.safetensors", lambda config: MaskedLM(config, next_sentence=True))
     classifier = SequenceClassifier(pretrained.config, classes)
