@@ -108,6 +108,7 @@ def test_filled_masks(texts: Path, tmp_path: Path) -> None:
     done("train", texts, "--out", out, "--objective", "masked", *TINY)
     assert len(done("predict", out, "Document [MASK]umber [MASK]").splitlines()) == 2
     assert "a [MASK] in each" in run("predict", out, "no mask").output
+    assert "an empty one at place 1" in run("predict", out, "a [MASK]", " ").output
     (tmp_path / "bert.json").write_text("{")
     assert "complete bert.json" in run("predict", out, "text").output
 
