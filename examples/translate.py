@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 
 from longattn.evaluation import bleu
-from longattn.models import EncoderDecoder, TransformerConfig
-from longattn.training import SequencePair, TrainingConfig, Translations, pad, train
+from longattn.models import EncoderDecoder, GenerationConfig, TransformerConfig, beam_search, decode_bytes
+from longattn.training import SequencePair, TrainingConfig, Translations, train
 
 ENGLISH = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -84,18 +84,12 @@ def draw(count: int, seed: int, *, wanted: bool) -> list[int]:
     return numbers
 
 
-@torch.no_grad()
 def translate(model: EncoderDecoder, texts: Sequence[str], limit: int = 100) -> list[str]:
-    """The likeliest next byte each time, until all have ended."""
-    source, source_mask = pad([list(text.encode()) for text in texts])
-    memory = model.encode(source, source_mask=source_mask)
-    tokens = torch.full((len(texts), 1), START)
-    for _ in range(limit):
-        hidden = model.decode(tokens, memory, source_mask=source_mask)[:, -1]
-        tokens = torch.cat((tokens, (hidden @ model.output_weight.T).argmax(-1, keepdim=True)), 1)
-        if (tokens == END).any(1).all():
-            break
-    return [bytes(row[1:].tolist()).split(bytes([END]))[0].decode("utf-8", "replace") for row in tokens]
+    """The best of a search by four beams for each text."""
+    config = GenerationConfig(max_new_tokens=limit, stop_tokens=[END])
+    sources = [list(text.encode()) for text in texts]
+    found = beam_search(model.eval(), [[START]] * len(texts), config, sources=sources, decode=decode_bytes, beams=4)
+    return [best[0].text or "" for best in found]
 
 
 def main(

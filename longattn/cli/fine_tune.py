@@ -16,8 +16,8 @@ from torch import Tensor
 
 from longattn.cli.card import Card, open_tokenizer, read_card
 from longattn.errors import InvalidInput
-from longattn.evaluation import accuracy, f1, mean_loss, perplexity, retrieval_accuracy
-from longattn.models import EncoderDecoder, TransformerConfig, autocast, matmul_dtype
+from longattn.evaluation import accuracy, bleu, f1, retrieval_accuracy
+from longattn.models import EncoderDecoder, GenerationConfig, TransformerConfig, autocast, beam_search, matmul_dtype
 from longattn.models.losses import IGNORED
 from longattn.training import (
     LabelledSequence,
@@ -33,7 +33,7 @@ from longattn.training import (
 from longattn.training import train as run_training
 from longattn.training.loop import PRECISIONS
 
-__all__ = ["fine_tune", "framed", "word_tokens"]
+__all__ = ["fine_tune", "framed", "translated", "word_tokens"]
 
 _FIELDS: dict[str, dict[str, type]] = {
     "classify": {"text": str, "label": str},
@@ -43,6 +43,8 @@ _FIELDS: dict[str, dict[str, type]] = {
 }
 _STYLES = {"classify": "bert", "tag": "bert", "translate": "modern-transformer", "embed": "bert"}
 _EVALUATED = 64  # examples at once
+_TRANSLATED = 200  # examples that are translated to be evaluated
+_BEAMS = 4
 
 
 @click.command(name="fine-tune", context_settings={"show_default": True})
@@ -140,7 +142,11 @@ def fine_tune(
         sys.exit(130)
     console.print(f"{result.step} steps, {result.seconds:.0f} s; saved to {out}", soft_wrap=True)
     if for_evaluation:
-        console.print(f"held out: {_evaluate(task, model, make(for_evaluation))}")
+        if task == "translate":
+            figures = _evaluate_translations(model, tokenizer, for_evaluation[:_TRANSLATED], context)
+        else:
+            figures = _evaluate(task, model, make(for_evaluation))
+        console.print(f"held out: {figures}")
 
 
 def read_examples(task: str, path: Path) -> list[dict[str, Any]]:
@@ -188,6 +194,19 @@ def word_tokens(tokenizer: TextTokenizer, words: Sequence[str], context: int) ->
         places.append(len(ids))
         ids += pieces
     return ids, places
+
+
+def translated(model: EncoderDecoder, tokenizer: TextTokenizer, texts: Sequence[str], context: int) -> list[str]:
+    """The best translation of each text that a beam search finds, of at most `context` tokens."""
+    config = GenerationConfig(max_new_tokens=context, stop_tokens=[tokenizer.id_of("[SEP]")])
+    sources = [tokenizer.encode(text)[:context] for text in texts]
+    found: list[str] = []
+    for first in range(0, len(sources), _EVALUATED):
+        some = sources[first : first + _EVALUATED]
+        starts = [[tokenizer.id_of("[CLS]")]] * len(some)
+        for best in beam_search(model.eval(), starts, config, beams=_BEAMS, sources=some):
+            found.append(tokenizer.decode([token for token in best[0].tokens if token not in config.stop_tokens]))
+    return found
 
 
 def _split(examples: list[dict[str, Any]], held_out: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -272,9 +291,6 @@ def _evaluate(task: str, model: Any, batches: Any) -> str:
         batches.collate(batches.examples[first : first + _EVALUATED])
         for first in range(0, len(batches.examples), _EVALUATED)
     ]
-    if task == "translate":
-        loss = mean_loss(model, batches, max(1, len(batches.examples) // batches.batch_size), dtype=dtype)
-        return f"loss {loss:.3f} nats per token, perplexity {perplexity(loss):.2f}"
     with autocast("cpu", dtype):
         if task == "embed":
             first = torch.cat([model(part["tokens"], key_mask=part["key_mask"]) for part in parts])
@@ -283,6 +299,15 @@ def _evaluate(task: str, model: Any, batches: Any) -> str:
         found = [_flat(part["labels"], model(part["tokens"], key_mask=part["key_mask"]).argmax(-1)) for part in parts]
     labels, predictions = (torch.cat(side) for side in zip(*found, strict=True))
     return f"accuracy {accuracy(labels, predictions):.1%}, macro F1 {f1(labels, predictions):.3f}"
+
+
+def _evaluate_translations(
+    model: EncoderDecoder, tokenizer: TextTokenizer, examples: Sequence[dict[str, Any]], context: int
+) -> str:
+    found = translated(model, tokenizer, [one["source"] for one in examples], context)
+    wanted = [one["target"] for one in examples]
+    exact = sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
+    return f"BLEU {bleu(found, wanted):.1f}, {exact:.1%} of {len(wanted)} exact"
 
 
 def _flat(labels: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import click
 import torch
 
 from longattn.cli.card import Card, read_card
-from longattn.cli.fine_tune import framed, word_tokens
+from longattn.cli.fine_tune import framed, translated, word_tokens
 from longattn.errors import InvalidInput
 from longattn.training import TextTokenizer
 
@@ -29,6 +29,7 @@ def predict(checkpoint: Path, texts: tuple[str, ...], context: int) -> None:
     \b
     classify   the class and its probability
     tag        each word and its label
+    translate  the translation, by a beam search
     embed      the cosine of each text with the first
     masked     the likeliest tokens at each [MASK]
     """
@@ -66,6 +67,10 @@ def _tag(model: Any, card: Card, tokenizer: TextTokenizer, texts: tuple[str, ...
     return lines
 
 
+def _translate(model: Any, card: Card, tokenizer: TextTokenizer, texts: tuple[str, ...], context: int) -> list[str]:
+    return translated(model, tokenizer, texts, context)
+
+
 def _embed(model: Any, card: Card, tokenizer: TextTokenizer, texts: tuple[str, ...], context: int) -> list[str]:
     vectors = torch.cat([model(torch.tensor([framed(tokenizer, text, context)])) for text in texts])
     return [f"{cosine:.3f}\t{text}" for cosine, text in zip((vectors @ vectors[0]).tolist(), texts, strict=True)]
@@ -89,4 +94,4 @@ def _masked(model: Any, card: Card, tokenizer: TextTokenizer, texts: tuple[str, 
     return lines
 
 
-_ANSWERS = {"classify": _classify, "tag": _tag, "embed": _embed, "masked": _masked}
+_ANSWERS = {"classify": _classify, "tag": _tag, "translate": _translate, "embed": _embed, "masked": _masked}
