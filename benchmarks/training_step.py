@@ -3,11 +3,11 @@
 python -m benchmarks.training_step --tokens 2048 --tokens 8192
 python -m benchmarks.training_step --tokens 32768 --rounds 1 --warm-ups 0 --contender longattn
 
-A step is the loss of one sequence, its gradients, and AdamW, as `longattn.training.train` takes it: weights in float32,
-the products of matrices in bfloat16 by autocast. Each contender runs in a process of its own, which times its last step;
-the contenders take turns. CPU seconds are those of all threads: with --threads 1 they tell of the work even where others
-use the machine, too. The memory is the highest that the process had resident, with all that it loaded. What needs more
-memory than is free by estimate is not run, and said to be.
+A step is the loss of one sequence, its gradients, and AdamW, as `longattn.training.train` takes it: weights in
+float32, the products of matrices in bfloat16 by autocast. Each contender runs in a process of its own, which times
+its last step; the contenders take turns. CPU seconds are those of all threads: with --threads 1 they tell of the work
+even where others use the machine, too. The memory is the highest that the process had resident, with all that it
+loaded. What needs more memory than is free by estimate is not run, and said to be.
 """
 
 from __future__ import annotations
