@@ -74,9 +74,9 @@ def main(
         click.echo(json.dumps(_measure(**json.loads(only))))
         return
     click.echo(
-        f"{layers} layers, {dtype} products, {threads} threads, median of {rounds}; blocks are computed again in "
+        f"{layers} layers, {dtype} products, {threads} threads, medians of {rounds}; from {RECOMPUTE_FROM} tokens on"
     )
-    click.echo(f"the backward (recompute) from {RECOMPUTE_FROM} tokens on, by all")
+    click.echo("all contenders keep the inputs of blocks only, and compute the blocks again in the backward")
     click.echo(
         f"{'tokens':>8} {'contender':>12} {'seconds':>9} {'by ours':>8} {'CPU s':>9} {'by ours':>8} {'peak GB':>8}"
     )
