@@ -208,7 +208,8 @@ inline PanelRange union_range(const Panel* panels, int64_t count) {
 // Keys [from, to) of the block that starts at key `first`, for panel n.
 template <class Operands>
 inline void forward_block(const ForwardScratch<Operands>& scratch, int64_t n, const typename Operands::Operand* queries,
-                          const typename Operands::Operand* values, int64_t first, int64_t from, int64_t to) {
+                          Left<typename Operands::Operand> keys, Left<typename Operands::Operand> values_across,
+                          int64_t first, int64_t from, int64_t to) {
   using T = typename Operands::Sum;
   const Panel& panel = scratch.panels[n];
   const AttentionParams& p = *panel.params;
@@ -221,27 +222,27 @@ inline void forward_block(const ForwardScratch<Operands>& scratch, int64_t n, co
   int64_t summed = from;  // keys that the sums have taken
   const auto sum_up = [&](int64_t until) {
     if (summed < until)
-      Operands::across_times_weights(p.v_head_dim, lanes, until - summed, values, summed - first,
+      Operands::across_times_weights(p.v_head_dim, lanes, until - summed, values_across, summed - first,
                                      block_weights + (summed - from) * kPanelRows, sums, true);
     summed = until;
   };
   for (int64_t key = from; key < to; key += Operands::kStep) {
-    const int64_t keys = smaller(Operands::kStep, to - key);
+    const int64_t count = smaller(Operands::kStep, to - key);
     T* scores = Operands::step_scores(scratch.scores, key - from);
     auto* weights = block_weights + (key - from) * kPanelRows;
     const auto score = [&] {
-      Operands::left_times_panel(keys, lanes, p.head_dim, scratch.keys, key - first, queries, scores);
-      if (adjusts(p)) adjust<T>(panel, key, keys, scores, nullptr);
-      hide<T>(panel, key, keys, scores);
+      Operands::left_times_panel(count, lanes, p.head_dim, keys, key - first, queries, scores);
+      if (adjusts(p)) adjust<T>(panel, key, count, scores, nullptr);
+      hide<T>(panel, key, count, scores);
     };
     score();
-    if (scratch.keep) dropout_multipliers<T>(panel, key, keys, scratch.keep);
+    if (scratch.keep) dropout_multipliers<T>(panel, key, count, scratch.keep);
     const auto move = [&] {
       sum_up(key);
-      move_references<T>(keys, lanes, exponent, scores, state, p.v_head_dim, sums);
+      move_references<T>(count, lanes, exponent, scores, state, p.v_head_dim, sums);
     };
     const auto weigh_step = [&] {
-      return weigh<Operands>(keys, lanes, exponent, scores, scratch.keep, weights, state);
+      return weigh<Operands>(count, lanes, exponent, scores, scratch.keep, weights, state);
     };
     if (!has_references(lanes, *state)) move();
     if (!weigh_step()) {
@@ -292,16 +293,16 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
     const auto* queries = sinks ? scratch.queries_of_sinks : scratch.queries;
     for (int64_t first = start; first < stop; first += kKeyBlock) {
       const int64_t last = smaller(first + kKeyBlock, stop);
-      Operands::load_left(p, tile.sequence, tile.kv_head, p.k, first, last - first, p.head_dim, turns_keys(p),
-                          scratch.keys, scratch.staging);
-      Operands::load_left(p, tile.sequence, tile.kv_head, p.v, first, last - first, p.v_head_dim, false, scratch.values,
-                          scratch.staging);
-      const auto* values = Operands::across(scratch.values, last - first, p.v_head_dim, scratch.values_across);
+      const auto keys = Operands::load_left(p, tile.sequence, tile.kv_head, p.k, first, last - first, p.head_dim,
+                                            turns_keys(p), scratch.keys, scratch.staging);
+      const auto values = Operands::load_left(p, tile.sequence, tile.kv_head, p.v, first, last - first, p.v_head_dim,
+                                              false, scratch.values, scratch.staging);
+      const auto across = Operands::across(values, last - first, p.v_head_dim, scratch.values_across);
       for (int64_t n = 0; n < panels; ++n) {
         const PanelRange& range = scratch.panels[n].range;
         const int64_t from = larger(first, sinks ? range.sinks_start : range.start);
         const int64_t to = smaller(last, sinks ? range.sinks_stop : range.stop);
-        if (from < to) forward_block<Operands>(scratch, n, queries + n * query_stride, values, first, from, to);
+        if (from < to) forward_block<Operands>(scratch, n, queries + n * query_stride, keys, across, first, from, to);
       }
     }
   }
