@@ -14,7 +14,7 @@ namespace {
 // With fewer tiles than this (decoding: few queries, many keys) each is cut along its keys, and the pieces are merged.
 constexpr int64_t kEnoughTiles = 64;
 // A piece has at least so many keys for each row of its tile, within limits: its result is written and read once more.
-constexpr int64_t kKeysPerRow = 8, kFewestKeys = 512, kMostKeys = 2048;
+constexpr int64_t kKeysPerRow = 16, kFewestKeys = 512, kMostKeys = 4096;
 
 // Pieces per tile: from shapes alone, so that results do not depend on the number of threads.
 int64_t pieces_per_tile(const AttentionParams& p, const std::vector<QueryTile>& tiles) {

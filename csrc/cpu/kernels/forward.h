@@ -271,14 +271,12 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
     scratch.panels[n] = make_panel(p, tile.sequence, tile.kv_head, group, first_row + n * kPanelRows,
                                    smaller(kPanelRows, rows - n * kPanelRows));
     restrict(tile.first_key, tile.last_key, &scratch.panels[n].range);
-    load_panel<T>(scratch.panels[n], p.q, p.head_dim, row_width(p.head_dim), factor, p.rotated > 0, scratch.rows);
-    Operands::right_of_transposed_rows(scratch.rows, p.head_dim, scratch.queries + n * query_stride, scratch.staging);
-    if (p.frame > 0) {
-      load_panel<T>(scratch.panels[n], p.q, p.head_dim, row_width(p.head_dim), factor, p.rotated > 0, scratch.rows,
-                    true);
-      Operands::right_of_transposed_rows(scratch.rows, p.head_dim, scratch.queries_of_sinks + n * query_stride,
-                                         scratch.staging);
-    }
+    const auto load_queries = [&](bool against_sinks, auto* right) {
+      Operands::load_right(scratch.panels[n], p.q, p.head_dim, factor, p.rotated > 0, against_sinks, scratch.rows,
+                           right + n * query_stride, scratch.staging);
+    };
+    load_queries(false, scratch.queries);
+    if (p.frame > 0) load_queries(true, scratch.queries_of_sinks);
     std::memset(scratch.sums + n * sum_stride, 0, sum_stride * sizeof(T));
     for (int64_t r = 0; r < kPanelRows; ++r) {
       scratch.states[n].reference[r] = T(-kInfinity);

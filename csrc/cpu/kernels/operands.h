@@ -30,7 +30,7 @@ struct Left {
 // The rows of keys [first, first + keys) where they lie, if they can be used as they are there.
 template <class Operand>
 inline const Operand* dense_rows(const AttentionParams& p, const Sequence& s, int64_t head, const Tensor4& x,
-                                    DType dtype, int64_t first, int64_t keys, int64_t width, bool rotated) {
+                                 DType dtype, int64_t first, int64_t keys, int64_t width, bool rotated) {
   if (rotated || p.key_mask || x.token != width || first + keys > s.lk) return nullptr;
   KeyRows rows(p, s, x, head);
   return rows.dtype() == dtype ? reinterpret_cast<const Operand*>(rows.run(first, keys)) : nullptr;
@@ -65,6 +65,13 @@ struct FloatOperands {
   static const Operand* right_of_rows(const Sum* rows, int64_t, Operand*) { return rows; }
   static void right_of_transposed_rows(const Sum* rows, int64_t columns, Operand* right, Sum*) {
     transpose<T>(rows, row_width(columns), kPanelRows, row_width(columns), right, kPanelRows);
+  }
+
+  // Rows of a panel, transposed, by way of `rows`: see load_panel.
+  static void load_right(const Panel& panel, const Tensor4& x, int64_t columns, T factor, bool rotated,
+                         bool against_sinks, Sum* rows, Operand* right, Sum* staging) {
+    load_panel<T>(panel, x, columns, row_width(columns), factor, rotated, rows, against_sinks);
+    right_of_transposed_rows(rows, columns, right, staging);
   }
 
   static Sum* step_scores(Sum* scores, int64_t key) { return scores + key * kPanelRows; }
@@ -191,6 +198,24 @@ struct BFloat16Operands {
       for (int64_t c = 0; c < from; c += 16) store_bfloat16(packed + r * width + c, load<float>(rows + r * from + c));
       std::memset(packed + r * width + from, 0, (width - from) * sizeof(Operand));
     }
+    transpose_units(packed, width / 2, kPanelRows, width / 2, right, kPanelRows);
+  }
+
+  // Rows of a panel, transposed, by way of `rows`, or straight if their numbers stay as they are: see load_panel.
+  static void load_right(const Panel& panel, const Tensor4& x, int64_t columns, float factor, bool rotated,
+                         bool against_sinks, Sum* rows, Operand* right, Sum* staging) {
+    if (rotated || factor != 1) {
+      load_panel<float>(panel, x, columns, row_width(columns), factor, rotated, rows, against_sinks);
+      return right_of_transposed_rows(rows, columns, right, staging);
+    }
+    const int64_t width = width_of(columns);
+    Operand* packed = reinterpret_cast<Operand*>(staging);
+    for (int64_t r = 0; r < panel.rows; ++r) {
+      const Row row = locate(panel, r);
+      const char* from = row_address(x, DType::kBFloat16, panel.sequence.row, row.head, row.token);
+      copy_row(reinterpret_cast<const Operand*>(from), columns, packed + r * width);
+    }
+    std::memset(packed + panel.rows * width, 0, (kPanelRows - panel.rows) * width * sizeof(Operand));
     transpose_units(packed, width / 2, kPanelRows, width / 2, right, kPanelRows);
   }
 
