@@ -106,11 +106,6 @@ struct FloatOperands {
 #if defined(__AVX512BF16__)
 constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-constexpr uint16_t kPairsLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-constexpr uint16_t kPairsHigh[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
-                                     24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
-
 struct BFloat16Operands {
   using Sum = float;
   using Operand = uint16_t;
@@ -163,18 +158,9 @@ struct BFloat16Operands {
   // [width][kAcrossWidth]
   static Left<Operand> across(Left<Operand> left, int64_t keys, int64_t columns, Operand* out) {
     const int64_t width = width_of(columns), padded = round_up(keys, kDepth);
-    alignas(64) Operand pairs[kDepth * kMaxWidth];
-    for (int64_t j = 0; j < padded; j += kDepth) {
-      for (int64_t i = 0; i < kDepth; i += 2)
-        for (int64_t c = 0; c < width; c += 32) {
-          const __m512i a = _mm512_loadu_si512(left.rows + (j + i) * left.stride + c);
-          const __m512i b = _mm512_loadu_si512(left.rows + (j + i + 1) * left.stride + c);
-          Operand* to = pairs + i * width + 2 * c;
-          _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, _mm512_loadu_si512(kPairsLow), b));
-          _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(a, _mm512_loadu_si512(kPairsHigh), b));
-        }
-      transpose_units(pairs, width, kDepth / 2, width, out + j, kAcrossWidth / 2);
-    }
+    for (int64_t j = 0; j < padded; j += 32)
+      for (int64_t c = 0; c < width; c += 8)
+        transpose_32x8(left.rows + j * left.stride + c, left.stride, out + c * kAcrossWidth + j, kAcrossWidth);
     for (int64_t c = 0; c < width; ++c)
       std::memset(out + c * kAcrossWidth + padded, 0, (kAcrossWidth - padded) * sizeof(Operand));
     return {out, kAcrossWidth};
@@ -252,6 +238,37 @@ struct BFloat16Operands {
   }
 
  private:
+  // dst[c][r] = src[r][c]. A vector takes 8 numbers of each of 4 rows, 8 rows apart; zips in its quarters do the rest.
+  static void transpose_32x8(const Operand* src, int64_t stride, Operand* dst, int64_t dst_stride) {
+    __m512i x[8], y[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const auto quarter = [&](int n) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + (8 * n + i) * stride));
+      };
+      x[i] = _mm512_castsi128_si512(quarter(0));
+      x[i] = _mm512_inserti32x4(x[i], quarter(1), 1);
+      x[i] = _mm512_inserti32x4(x[i], quarter(2), 2);
+      x[i] = _mm512_inserti32x4(x[i], quarter(3), 3);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      y[2 * i] = _mm512_unpacklo_epi16(x[i], x[i + 4]);
+      y[2 * i + 1] = _mm512_unpackhi_epi16(x[i], x[i + 4]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      x[2 * i] = _mm512_unpacklo_epi16(y[i], y[i + 4]);
+      x[2 * i + 1] = _mm512_unpackhi_epi16(y[i], y[i + 4]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      y[2 * i] = _mm512_unpacklo_epi16(x[i], x[i + 4]);
+      y[2 * i + 1] = _mm512_unpackhi_epi16(x[i], x[i + 4]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) _mm512_storeu_si512(dst + i * dst_stride, y[i]);
+  }
   // Zeros follow up to width_of(columns).
   static void copy_row(const Operand* from, int64_t columns, Operand* to) {
     for (int64_t c = 0; c < columns; c += 32) {
