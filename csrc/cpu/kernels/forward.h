@@ -89,11 +89,46 @@ inline void move_references(int64_t keys, int64_t lanes, T exponent, const T* sc
   }
 }
 
+// Rows of keys that will soon be read, asked for a line at a time, while arithmetic leaves memory idle.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const AttentionParams& p, const Sequence& s, const Tensor4& x, int64_t kv_head, int64_t columns, int64_t first,
+        int64_t keys) {
+    KeyRows rows(p, s, x, kv_head);
+    line_ = row_ = rows.run(first, keys);
+    bytes_ = columns * element_bytes(rows.dtype());
+    stride_ = x.token * element_bytes(rows.dtype());
+    left_ = row_ ? keys : 0;
+  }
+
+  // False if nothing is left.
+  bool fetch() {
+    if (left_ == 0) return false;
+    __builtin_prefetch(line_, 0, 2);
+    line_ += 64;
+    if (line_ >= row_ + bytes_) {
+      line_ = row_ += stride_;
+      --left_;
+    }
+    return true;
+  }
+
+ private:
+  const char *line_ = nullptr, *row_ = nullptr;
+  int64_t bytes_ = 0, stride_ = 0, left_ = 0;
+};
+
+struct KeysAhead {
+  Ahead keys, values;
+  void fetch() { keys.fetch() || values.fetch(); }
+};
+
 // Scores of `keys` keys become weights, as right operand. False if those of some row outgrow its reference. `keep`, if
 // not nullptr, multiplies the weights, not their sum.
 template <class Operands, class T = typename Operands::Sum>
 inline bool weigh(int64_t keys, int64_t lanes, T exponent, const T* scores, const T* keep,
-                  typename Operands::Operand* weights, PanelState<T>* state) {
+                  typename Operands::Operand* weights, PanelState<T>* state, KeysAhead* ahead) {
   constexpr int W = kWidth<T>;
   IntVec<T> outgrown{};
   for (int64_t n = 0; n < lanes; n += W) {
@@ -103,6 +138,7 @@ inline bool weigh(int64_t keys, int64_t lanes, T exponent, const T* scores, cons
     Vec<T> sum{}, other_sum{};
     int64_t j = 0;
     for (; j + 2 <= keys; j += 2) {
+      ahead->fetch();
       Vec<T> a = exp2<T, Operands::kExpTerms>(load<T>(column + j * kPanelRows) * exponent - reference);
       Vec<T> b = exp2<T, Operands::kExpTerms>(load<T>(column + (j + 1) * kPanelRows) * exponent - reference);
       sum += a;
@@ -209,7 +245,7 @@ inline PanelRange union_range(const Panel* panels, int64_t count) {
 template <class Operands>
 inline void forward_block(const ForwardScratch<Operands>& scratch, int64_t n, const typename Operands::Operand* queries,
                           Left<typename Operands::Operand> keys, Left<typename Operands::Operand> values_across,
-                          int64_t first, int64_t from, int64_t to) {
+                          int64_t first, int64_t from, int64_t to, KeysAhead* ahead) {
   using T = typename Operands::Sum;
   const Panel& panel = scratch.panels[n];
   const AttentionParams& p = *panel.params;
@@ -242,7 +278,7 @@ inline void forward_block(const ForwardScratch<Operands>& scratch, int64_t n, co
       move_references<T>(count, lanes, exponent, scores, state, p.v_head_dim, sums);
     };
     const auto weigh_step = [&] {
-      return weigh<Operands>(count, lanes, exponent, scores, scratch.keep, weights, state);
+      return weigh<Operands>(count, lanes, exponent, scores, scratch.keep, weights, state, ahead);
     };
     if (!has_references(lanes, *state)) move();
     if (!weigh_step()) {
@@ -296,11 +332,17 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
       const auto values = Operands::load_left(p, tile.sequence, tile.kv_head, p.v, first, last - first, p.v_head_dim,
                                               false, scratch.values, scratch.staging);
       const auto across = Operands::across(values, last - first, p.v_head_dim, scratch.values_across);
+      KeysAhead ahead;
+      const int64_t next = smaller(kKeyBlock, stop - last);
+      if (next > 0)
+        ahead = {{p, tile.sequence, p.k, tile.kv_head, p.head_dim, last, next},
+                 {p, tile.sequence, p.v, tile.kv_head, p.v_head_dim, last, next}};
       for (int64_t n = 0; n < panels; ++n) {
         const PanelRange& range = scratch.panels[n].range;
         const int64_t from = larger(first, sinks ? range.sinks_start : range.start);
         const int64_t to = smaller(last, sinks ? range.sinks_stop : range.stop);
-        if (from < to) forward_block<Operands>(scratch, n, queries + n * query_stride, keys, across, first, from, to);
+        if (from < to)
+          forward_block<Operands>(scratch, n, queries + n * query_stride, keys, across, first, from, to, &ahead);
       }
     }
   }

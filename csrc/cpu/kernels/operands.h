@@ -148,7 +148,6 @@ struct BFloat16Operands {
         std::memset(to + columns, 0, (width - columns) * sizeof(Operand));
       } else {
         copy_row(reinterpret_cast<const Operand*>(rows.at(first + j)), columns, to);
-        rows.prefetch(first + j + kKeyBlock, columns * sizeof(Operand));
       }
     }
     std::memset(left + keys * width, 0, (round_up(keys, kDepth) - keys) * width * sizeof(Operand));
