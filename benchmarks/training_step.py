@@ -3,10 +3,11 @@
 python -m benchmarks.training_step --tokens 2048 --tokens 8192
 python -m benchmarks.training_step --tokens 32768 --rounds 1 --warm-ups 0 --contender longattn
 
-A step is the loss of one sequence, its gradients, and AdamW, as `longattn.training.train` takes it: weights in float32,
-the products of matrices in bfloat16 by autocast. Each contender runs in a process of its own, which times its last
-step; the contenders take turns. The memory is the highest that the process had resident, with all that
-it loaded. What needs more memory than is free by estimate is not run, and said to be.
+A step is the loss of one sequence, its gradients, and AdamW, as `longattn.training.train` takes it: weights in
+float32, the products of matrices in bfloat16 by autocast. Each contender runs in a process of its own, which times
+its last step; the contenders take turns. CPU seconds are those of all threads: with --threads 1 they tell of the work
+even where others use the machine, too. The memory is the highest that the process had resident, with all that it
+loaded. What needs more memory than is free by estimate is not run, and said to be.
 """
 
 from __future__ import annotations
@@ -73,10 +74,12 @@ def main(
         click.echo(json.dumps(_measure(**json.loads(only))))
         return
     click.echo(
-        f"{layers} layers, {dtype} products, {threads} threads, median of {rounds}; blocks are computed again in "
+        f"{layers} layers, {dtype} products, {threads} threads, medians of {rounds}; from {RECOMPUTE_FROM} tokens on"
     )
-    click.echo(f"the backward (recompute) from {RECOMPUTE_FROM} tokens on, by all")
-    click.echo(f"{'tokens':>8} {'contender':>12} {'seconds':>9} {'by longattn':>12} {'peak GB':>8}")
+    click.echo("all contenders keep the inputs of blocks only, and compute the blocks again in the backward")
+    click.echo(
+        f"{'tokens':>8} {'contender':>12} {'seconds':>9} {'by ours':>8} {'CPU s':>9} {'by ours':>8} {'peak GB':>8}"
+    )
     for count in tokens:
         samples: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for _ in range(rounds):
@@ -132,9 +135,12 @@ def estimated_bytes(name: str, tokens: int, layers: int) -> float:
 def _row(found: list[dict[str, float]], ours: list[dict[str, float]]) -> str:
     if not found:
         return "not run, for its memory"
-    seconds = statistics.median(one["seconds"] for one in found)
-    ratio = f"{seconds / statistics.median(one['seconds'] for one in ours):.2f} x" if ours else "-"
-    return f"{seconds:>9.2f} {ratio:>12} {max(one['peak_bytes'] for one in found) / 1e9:>8.2f}"
+    columns = ""
+    for clock in ("seconds", "cpu_seconds"):
+        spent = statistics.median(one[clock] for one in found)
+        ratio = f"{spent / statistics.median(one[clock] for one in ours):.2f} x" if ours else "-"
+        columns += f"{spent:>9.2f} {ratio:>8} "
+    return columns + f"{max(one['peak_bytes'] for one in found) / 1e9:>8.2f}"
 
 
 def _in_a_process(job: dict[str, Any]) -> dict[str, float]:
@@ -154,17 +160,18 @@ def _measure(
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     windows = torch.randint(0, SMOLLM2["vocab_size"], (1, tokens + 1))
-    seconds = 0.0
+    seconds = cpu_seconds = 0.0
     for _ in range(warm_ups + 1):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         with autocast("cpu", getattr(torch, dtype)):
             value = loss(windows)
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_bytes": _kilobytes("/proc/self/status", "VmHWM") * 1024.0}
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    peak = _kilobytes("/proc/self/status", "VmHWM") * 1024.0
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak}
 
 
 def _free_bytes() -> float:
