@@ -21,6 +21,7 @@ from longattn.errors import Unsupported
 from longattn.mask import Mask
 from longattn.problem import (
     CacheTensors,
+    Origin,
     Problem,
     Slots,
     Tensors,
@@ -33,7 +34,7 @@ _REQUIRED = ("q", "k", "v")
 _TENSORS = ", ".join(f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in Tensors._fields)
 _SCALARS = (
     "str backend, SymInt left, SymInt right, SymInt sinks, SymInt shift, bool from_end, float scale, float softcap, "
-    "float rope_factor, bool interleaved, float dropout_p, bool deterministic, SymInt max_seqlen_q, SymInt max_seqlen_k"
+    "float rope_factor, bool interleaved, float dropout_p, SymInt[] origin, bool deterministic, SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
 _DIFFERENTIABLE = Gradients._fields  # arguments of `attention` that have gradients, by name
 _DIFFERENTIABLE_AT = tuple(Tensors._fields.index(name) for name in _DIFFERENTIABLE)
@@ -95,6 +96,7 @@ def attention(tensors: Tensors, problem: Problem, backend: str) -> tuple[Tensor,
         problem.rope_factor,
         problem.interleaved,
         problem.dropout_p,
+        problem.origin,
         problem.deterministic,
         problem.max_seqlen_q,
         problem.max_seqlen_k,
@@ -192,6 +194,7 @@ def _unflatten(args: tuple[Any, ...]) -> tuple[Tensors, Problem, str]:
         rope_factor,
         interleaved,
         dropout_p,
+        origin,
         deterministic,
         max_seqlen_q,
         max_seqlen_k,
@@ -213,10 +216,11 @@ def _unflatten(args: tuple[Any, ...]) -> tuple[Tensors, Problem, str]:
         rope_factor=rope_factor,
         interleaved=interleaved,
         dropout_p=dropout_p,
+        origin=Origin(*origin),
         deterministic=deterministic,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
-        features=present_features(tensors, softcap, dropout_p),
+        features=present_features(tensors, softcap, dropout_p, Origin(*origin)),
     )
     return tensors, problem, backend
 
