@@ -34,7 +34,8 @@ _REQUIRED = ("q", "k", "v")
 _TENSORS = ", ".join(f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in Tensors._fields)
 _SCALARS = (
     "str backend, SymInt left, SymInt right, SymInt sinks, SymInt shift, bool from_end, float scale, float softcap, "
-    "float rope_factor, bool interleaved, float dropout_p, SymInt[] origin, bool deterministic, SymInt max_seqlen_q, SymInt max_seqlen_k"
+    "float rope_factor, bool interleaved, float dropout_p, SymInt[] origin, bool deterministic, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
 _DIFFERENTIABLE = Gradients._fields  # arguments of `attention` that have gradients, by name
 _DIFFERENTIABLE_AT = tuple(Tensors._fields.index(name) for name in _DIFFERENTIABLE)

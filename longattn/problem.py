@@ -105,6 +105,9 @@ class Origin(NamedTuple):
     key: int = 0
 
 
+_WHOLE = Origin()
+
+
 class Problem(NamedTuple):
     """The metadata of one call. Hashable; a backend decides from it alone whether it can run the call."""
 
@@ -123,7 +126,7 @@ class Problem(NamedTuple):
     rope_factor: float = 1.0  # scales what the rotation returns
     interleaved: bool = False  # rotation pairs (2i, 2i + 1) in place of (i, i + dim / 2)
     dropout_p: float = 0.0
-    origin: Origin = Origin()
+    origin: Origin = _WHOLE
     deterministic: bool = False
     max_seqlen_q: int = 0  # of a packed sequence
     max_seqlen_k: int = 0
@@ -162,9 +165,7 @@ class Problem(NamedTuple):
         return "; ".join(parts)
 
 
-def present_features(
-    tensors: Tensors, softcap: float, dropout_p: float, origin: Origin = Origin()
-) -> tuple[str, ...]:
+def present_features(tensors: Tensors, softcap: float, dropout_p: float, origin: Origin = _WHOLE) -> tuple[str, ...]:
     """The features that a call uses, of FEATURES."""
     used = (
         tensors.key_mask is not None,

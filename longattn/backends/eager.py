@@ -304,9 +304,7 @@ class Part:
 class Tile:
     """Query rows against the ranges of keys that they can see: [B, Hq, rows, keys] or, without keys, [B, Hq, rows]."""
 
-    def __init__(
-        self, part: Part, rows: slice | Tensor, ranges: Sequence[slice], lse: Tensor | None = None
-    ) -> None:
+    def __init__(self, part: Part, rows: slice | Tensor, ranges: Sequence[slice], lse: Tensor | None = None) -> None:
         self.part, self.rows, self.ranges = part, rows, ranges
         problem, tensors = part.problem, part.tensors
         self.q = part.q[:, :, rows]

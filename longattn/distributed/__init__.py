@@ -4,6 +4,7 @@ The ranks talk through torch's own process groups (gloo on CPUs, NCCL on GPUs) a
 """
 
 from longattn.distributed.attention import (
+    context_parallel,
     context_parallel_attention,
     context_parallel_attention_varlen,
     explain,
@@ -11,12 +12,15 @@ from longattn.distributed.attention import (
 from longattn.distributed.schedule import SCHEDULES, Choice, Traffic
 from longattn.distributed.sharding import shard, unshard
 from longattn.distributed.spans import LAYOUTS, spans_of
+from longattn.distributed.traffic import CountBytes
 
 __all__ = [
     "LAYOUTS",
     "SCHEDULES",
     "Choice",
+    "CountBytes",
     "Traffic",
+    "context_parallel",
     "context_parallel_attention",
     "context_parallel_attention_varlen",
     "explain",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +21,13 @@ from longattn.distributed.mesh import Group, Ranks, checks_enabled
 from longattn.distributed.ring import Ring
 from longattn.distributed.schedule import HALO, ULYSSES, Call, Choice, choose
 from longattn.distributed.sharding import in_order
-from longattn.distributed.spans import check_layout, spans_of
+from longattn.distributed.spans import Span, check_layout, spans_of
 from longattn.distributed.whole import Whole
 from longattn.errors import InvalidInput
-from longattn.functional import attention, attention_varlen
+from longattn.functional import attention
 from longattn.mask import Mask
 from longattn.problem import Problem, Tensors
+from longattn.redirection import redirected
 from longattn.rope import Rope
 
 
@@ -177,6 +178,53 @@ def explain(
     return choose(_call(ranks, checked), schedule)
 
 
+@contextmanager
+def context_parallel(mesh: DeviceMesh, *, layout: str = "contiguous", schedule: str = "auto") -> Iterator[None]:
+    """While it lasts, `longattn.attention` and `attention_varlen` mean the sequence that the ranks of a mesh share.
+
+    So models take part as they are, those of `longattn.models` and of Hugging Face: they get this rank's shards of
+    tokens and targets. One context holds for all threads of the process. Layers that are computed again in the backward
+    (checkpoints) need it there, too.
+
+    Args:
+        mesh, layout, schedule: as in `context_parallel_attention`.
+
+    Raises:
+        InvalidInput: a mesh or layout that there is not.
+    """
+    check_layout(layout)
+    ranks = Ranks.of(mesh)
+    with redirected(_Sharded(mesh, ranks, layout, schedule)):
+        yield
+
+
+class _Sharded(NamedTuple):
+    """The calls of `longattn.functional` on shards."""
+
+    mesh: DeviceMesh
+    ranks: Ranks
+    layout: str
+    schedule: str
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Tensor | tuple[Tensor, Tensor]:
+        where: dict[str, Any] = {"layout": self.layout, "schedule": self.schedule}
+        return context_parallel_attention(q, k, v, self.mesh, **where, **keywords)
+
+    def attention_varlen(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **keywords: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if cu_seqlens_k is not cu_seqlens_q and not torch.equal(cu_seqlens_k, cu_seqlens_q):
+            raise InvalidInput("cu_seqlens_k", "cu_seqlens_q, on shards of a sequence", "others")
+        where: dict[str, Any] = {"layout": self.layout, "schedule": self.schedule}
+        return context_parallel_attention_varlen(q, k, v, cu_seqlens_q, self.mesh, **where, **keywords)
+
+    def token_places(self, tokens: int, device: torch.device) -> Tensor:
+        return places(self.ranks, self.layout, tokens, device)
+
+    def whole_length(self, tokens: int) -> int:
+        return tokens * self.ranks.size
+
+
 class _Checked(NamedTuple):
     """A call by its local arguments: what `longattn.arguments` gave, and where it stands in the whole."""
 
@@ -194,9 +242,7 @@ class _Shared(NamedTuple):
 
 
 _DEFAULTS = {
-    name: value
-    for name, value in (attention.__kwdefaults__ or {}).items()
-    if name not in ("return_lse", "backend")
+    name: value for name, value in (attention.__kwdefaults__ or {}).items() if name not in ("return_lse", "backend")
 }
 _KEYWORDS = frozenset(_DEFAULTS)
 
@@ -231,7 +277,9 @@ def _shared(
     choice = choose(_call(ranks, checked), schedule)
     if choice.schedule is None:
         name = schedule if schedule != "auto" else next(iter(choice.reasons))
-        why = "; ".join(choice.reasons.get(schedule) or [f"{each}: {', '.join(no)}" for each, no in choice.reasons.items()])
+        why = "; ".join(
+            choice.reasons.get(schedule) or [f"{each}: {', '.join(no)}" for each, no in choice.reasons.items()]
+        )
         raise InvalidInput("schedule", f"one that can run this call on {mesh}", f"{name!r}: {why}")
     return _Shared(ranks, checked, choice.schedule)
 
@@ -282,7 +330,9 @@ def _packed(
     slopes = keywords["alibi_slopes"]
     by_document = isinstance(slopes, Tensor) and slopes.dim() == 2
     if by_document and tuple(slopes.shape) != (len(starts) - 1, q.shape[1]):
-        raise InvalidInput("alibi_slopes", f"shape [{q.shape[1]}] or [{len(starts) - 1}, {q.shape[1]}]", tuple(slopes.shape))
+        raise InvalidInput(
+            "alibi_slopes", f"shape [{q.shape[1]}] or [{len(starts) - 1}, {q.shape[1]}]", tuple(slopes.shape)
+        )
     one = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)
     checked = {**keywords, "alibi_slopes": slopes[0] if by_document and len(slopes) else slopes}
     tensors, problem = arguments.packed(q, k, v, one, one, tokens, tokens, **checked)
@@ -354,7 +404,10 @@ def _attend(
     head = 0
     if traders is not None:
         order = _Order(geometry.layout if schedule == ULYSSES else "contiguous", traders)
-        q, k, v = (order.sorted(ulysses.to_heads(x, traders), 2) for x in (q, ulysses.repeated(k, traders), ulysses.repeated(v, traders)))
+        q, k, v = (
+            order.sorted(ulysses.to_heads(x, traders), 2)
+            for x in (q, ulysses.repeated(k, traders), ulysses.repeated(v, traders))
+        )
         head = q.shape[1] * traders.rank
         heads = slice(head, head + q.shape[1])
         slopes, sink_logits = (None if x is None else x[..., heads] for x in (slopes, sink_logits))
@@ -366,7 +419,9 @@ def _attend(
         tensors = tensors._replace(**gathered)
     _, around, rank = _call(ranks, shared.checked).ring(schedule)
     empty = q.new_empty(0)
-    beside = tensors._replace(q=empty, k=empty, v=empty, sink_logits=None, alibi_slopes=None if slopes is None else slopes.detach())
+    beside = tensors._replace(
+        q=empty, k=empty, v=empty, sink_logits=None, alibi_slopes=None if slopes is None else slopes.detach()
+    )
     mine = problem._replace(q_heads=q.shape[1], kv_heads=k.shape[1])
     whole = Whole(mine, around, rank, beside, head, backend)
     plan = Halo(whole, ring) if schedule.startswith(HALO) else Ring(whole, ring)
@@ -397,7 +452,7 @@ class _Order:
         spans = [span for rank in range(self._ranks) for span in self._spans(rank, x.shape[dim])]
         return torch.cat([x.narrow(dim, span.start, span.length) for span in spans], dim)
 
-    def _spans(self, rank: int, tokens: int) -> list:
+    def _spans(self, rank: int, tokens: int) -> list[Span]:
         return spans_of(self._layout, self._ranks, rank, tokens // self._ranks)
 
 
@@ -432,9 +487,7 @@ def _rotated(
             raise InvalidInput("positions", "a pair (for q, for k)", got)
         for_q = for_k
     chosen = registry.select(arguments.rotation_problem(q, rope), backend).name
-    q, k = (
-        ops.rope(x, inv_freq, at, factor, rope.interleaved, chosen) for x, at in ((q, for_q), (k, for_k))
-    )
+    q, k = (ops.rope(x, inv_freq, at, factor, rope.interleaved, chosen) for x, at in ((q, for_q), (k, for_k)))
     return q, k
 
 

@@ -80,14 +80,18 @@ class Geometry:
         """The numbers of the documents that these tokens are of, or stand between."""
         assert self.starts is not None
         last = len(self.starts) - 1
-        return Span(max(0, bisect_right(self.starts, tokens.start) - 1), min(last, bisect_right(self.starts, tokens.stop - 1)))
+        return Span(
+            max(0, bisect_right(self.starts, tokens.start) - 1), min(last, bisect_right(self.starts, tokens.stop - 1))
+        )
 
 
 @lru_cache(maxsize=64)
 def hops(geometry: Geometry) -> tuple[int, ...]:
     """How far each rank's keys travel around the ring until nobody further on sees them."""
     ranks = range(geometry.ranks)
-    seen = [union(span for queries in geometry.queries_of(rank) for span in geometry.seen_by(queries)) for rank in ranks]
+    seen = [
+        union(span for queries in geometry.queries_of(rank) for span in geometry.seen_by(queries)) for rank in ranks
+    ]
 
     def is_seen(source: int, rank: int) -> bool:
         return any(span.cut(keys).length for keys in geometry.keys_of(source) for span in seen[rank])

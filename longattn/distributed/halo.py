@@ -6,6 +6,8 @@ go to all ranks in one broadcast; sinks of packed documents, which stand anywher
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -103,10 +105,12 @@ class Halo:
         found = [_as_keys(span, came[each * at : each * (at + 1)]) for at, span in enumerate(border)]
         if self._sinks.length:
             sinks = _as_keys(self._sinks, came[each * len(border) :])
-            found += [sinks.cut(span) for span in without([self._sinks], self._whole.geometry.keys_of(self._group.rank))]
+            found += [
+                sinks.cut(span) for span in without([self._sinks], self._whole.geometry.keys_of(self._group.rank))
+            ]
         return found
 
-    def _broadcast(self, own: list[Tensor], mine: list[Keys]) -> tuple[list[Tensor], list]:
+    def _broadcast(self, own: list[Tensor], mine: list[Keys]) -> tuple[list[Tensor], list[Any]]:
         """Start to send the sinks, which the first rank holds, to all."""
         if not self._sinks.length:
             return [], []
@@ -117,7 +121,9 @@ class Halo:
         sent = [x.view(torch.uint8) if x.dtype == torch.bool else x for x in sinks]
         return sinks, [dist.broadcast(x, group=self._group.group, group_src=0, async_op=True) for x in sent]
 
-    def _reduce(self, own: list[Tensor], shares: list[KeyGradients], dtype: torch.dtype) -> tuple[KeyGradients | None, list]:
+    def _reduce(
+        self, own: list[Tensor], shares: list[KeyGradients], dtype: torch.dtype
+    ) -> tuple[KeyGradients | None, list[Any]]:
         """Start to sum all ranks' shares in the sinks' gradients at the first."""
         if not self._sinks.length:
             return None, []

@@ -26,7 +26,8 @@ class Outputs:
         self.out = ops.empty_laid_out_as(q, v_head_dim, dtype).zero_()
         self.lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
         if sink_logits is not None:
-            self.lse.copy_(sink_logits[:, None])
+            for rows in _rows_in_documents(whole):
+                self.lse[:, :, rows] = sink_logits.to(dtype)[:, None]
 
     def attend(self, held: Keys) -> None:
         for queries in self.whole.geometry.queries_of(self.whole.rank):
@@ -70,7 +71,8 @@ class QueryGradients:
         delta = (self.dout.to(self.lse.dtype) * self.out.to(self.lse.dtype)).sum(-1)
         if self.dlse is not None:
             delta = delta - self.dlse
-        return -(torch.exp(self.sink_logits.to(self.lse.dtype)[:, None] - self.lse) * delta).sum((0, 2))
+        weights = torch.exp(self.sink_logits.to(self.lse.dtype)[:, None] - self.lse)
+        return -torch.where(self.lse == -torch.inf, 0.0, weights * delta).sum((0, 2))
 
     def attend(self, held: Keys, into: KeyGradients) -> None:
         """Add the share of these keys, and to `into`, which are of the same keys or more, their own gradients."""
@@ -104,3 +106,13 @@ class KeyGradients(NamedTuple):
         rows = slice(span.start - self.span.start, span.stop - self.span.start)
         self.k[:, :, rows] += k
         self.v[:, :, rows] += v
+
+
+def _rows_in_documents(whole: Whole) -> list[slice]:
+    """This rank's queries, but for those outside all packed documents."""
+    geometry = whole.geometry
+    spans = geometry.queries_of(whole.rank)
+    if geometry.starts is not None:
+        inside = Span(geometry.starts[0], geometry.starts[-1])
+        spans = [cut for cut in (span.cut(inside) for span in spans) if cut.length]
+    return [whole.local(span) for span in spans]

@@ -101,9 +101,7 @@ class Ring:
             start += span.length
         return found
 
-    def _pass_on(
-        self, held: list[Tensor] | None, step: int, own: list[Tensor]
-    ) -> tuple[list[Tensor] | None, Messages]:
+    def _pass_on(self, held: list[Tensor] | None, step: int, own: list[Tensor]) -> tuple[list[Tensor] | None, Messages]:
         """Start to send what is held at this step to the next rank, and to receive what is held at the next step."""
         rank, messages, arriving = self._group.rank, Messages(self._group), None
         if step < self._route.steps:

@@ -74,10 +74,11 @@ class Call:
     def ring(self, name: str) -> tuple[Problem, Geometry, int]:
         """The heads, the geometry and the rank of the ring (or halo) of a schedule."""
         problem, trading = self.problem, self.trading(name)
-        heads = {"q_heads": problem.q_heads // trading, "kv_heads": _repeated(problem.kv_heads, trading) // trading}
+        kv_heads = _repeated(problem.kv_heads, trading) // trading
+        problem = problem._replace(q_heads=problem.q_heads // trading, kv_heads=kv_heads)
         if name == ULYSSES:
-            return problem._replace(**heads), replace(self.geometry, ranks=1, layout="contiguous"), 0
-        return problem._replace(**heads), self.geometry, self.rank
+            return problem, replace(self.geometry, ranks=1, layout="contiguous"), 0
+        return problem, self.geometry, self.rank
 
 
 @lru_cache(maxsize=256)
@@ -140,7 +141,7 @@ def _reasons(call: Call, name: str) -> list[str]:
 
 
 def _traffic(call: Call, name: str) -> Traffic:
-    """Of a ring and a halo exchange what a rank sends, of a broadcast what its root does, of a reduction what others do.
+    """As CountBytes counts: of a broadcast what its root sends, of a reduction what the others do.
 
     Traded heads: all but the rank's own share of q, k, v, out, and in the forward lse.
     """

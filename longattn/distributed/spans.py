@@ -58,7 +58,10 @@ def without(spans: Iterable[Span], others: Iterable[Span]) -> list[Span]:
     """The tokens of `spans` that are not in `others`, in ascending spans."""
     left = union(spans)
     for other in others:
-        cut = [(Span(span.start, min(span.stop, other.start)), Span(max(span.start, other.stop), span.stop)) for span in left]
+        cut = [
+            (Span(span.start, min(span.stop, other.start)), Span(max(span.start, other.stop), span.stop))
+            for span in left
+        ]
         left = [part for pair in cut for part in pair if part.length]
     return left
 

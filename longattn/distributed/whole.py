@@ -100,7 +100,15 @@ class Whole:
         return ops.attention(tensors, problem, backend)
 
     def backward(
-        self, block: Block, q: Tensor, held: Keys, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, slopes: bool
+        self,
+        block: Block,
+        q: Tensor,
+        held: Keys,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        slopes: bool,
     ) -> Gradients:
         """The block's part of the gradients, by the results over all keys of its queries."""
         tensors, problem, backend = self._call(block, q, held)
@@ -131,7 +139,9 @@ class Whole:
             held.k,
             held.v,
             key_mask=held.key_mask,
-            key_lens=None if whole.key_lens is None else (whole.key_lens - block.keys.start).clamp(0, block.keys.length),
+            key_lens=None
+            if whole.key_lens is None
+            else (whole.key_lens - block.keys.start).clamp(0, block.keys.length),
             lo=lo,
             hi=hi,
             offset=None if whole.offset is None else whole.offset + first,
