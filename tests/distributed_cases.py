@@ -43,7 +43,18 @@ MASKS: tuple[dict[str, Any], ...] = (
     {"causal": True, "align": 5},
     {"causal": True, "window": 11, "sinks": 1, "align": -3},
 )
-FEATURES = ("softcap", "alibi", "alibi_batch", "sink_logits", "rope", "dropout", "key_mask", "key_lens", "bounds", "lse")
+FEATURES = (
+    "softcap",
+    "alibi",
+    "alibi_batch",
+    "sink_logits",
+    "rope",
+    "dropout",
+    "key_mask",
+    "key_lens",
+    "bounds",
+    "lse",
+)
 VARLEN = ("softcap", "alibi", "alibi_batch", "sink_logits", "rope", "dropout", "lse")
 
 
@@ -67,7 +78,9 @@ def cases(ranks: int, count: int, *, packed: bool = False) -> list[Case]:
             mask = {"causal": True}
         if schedule.startswith("halo") and ("key_lens" in features or not _windowed(mask)):
             continue
-        case = Case(at, mesh, draw.choice(distributed.LAYOUTS), schedule, heads, (nq, nk), mask, tuple(sorted(features)))
+        case = Case(
+            at, mesh, draw.choice(distributed.LAYOUTS), schedule, heads, (nq, nk), mask, tuple(sorted(features))
+        )
         found.append(case)
     return found
 

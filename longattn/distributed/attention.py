@@ -19,7 +19,7 @@ from longattn.distributed.geometry import Geometry
 from longattn.distributed.halo import Halo
 from longattn.distributed.mesh import Group, Ranks, checks_enabled
 from longattn.distributed.ring import Ring
-from longattn.distributed.schedule import HALO, ULYSSES, Call, Choice, choose
+from longattn.distributed.schedule import HALO, SCHEDULES, ULYSSES, Call, Choice, choose, explanation, reasons
 from longattn.distributed.sharding import in_order
 from longattn.distributed.spans import Span, check_layout, spans_of
 from longattn.distributed.whole import Whole
@@ -175,7 +175,7 @@ def explain(
     keywords = {**_DEFAULTS, **keywords}
     ranks = Ranks.of(mesh)
     checked = _checked(ranks, q, k, v, layout, cu_seqlens, keywords)
-    return choose(_call(ranks, checked), schedule)
+    return explanation(_call(ranks, checked), ranks.ring.rank, schedule)
 
 
 @contextmanager
@@ -274,14 +274,13 @@ def _shared(
         assert tensors.seed is not None
         ranks.broadcast(tensors.seed)
     checked = _Checked(tensors, problem, geometry)
-    choice = choose(_call(ranks, checked), schedule)
-    if choice.schedule is None:
-        name = schedule if schedule != "auto" else next(iter(choice.reasons))
-        why = "; ".join(
-            choice.reasons.get(schedule) or [f"{each}: {', '.join(no)}" for each, no in choice.reasons.items()]
-        )
-        raise InvalidInput("schedule", f"one that can run this call on {mesh}", f"{name!r}: {why}")
-    return _Shared(ranks, checked, choice.schedule)
+    call = _call(ranks, checked)
+    chosen, why = choose(call, schedule)
+    if chosen is None:
+        asked = SCHEDULES if schedule == "auto" else (schedule,)
+        why = "; ".join(f"{name}: {', '.join(reasons(call, name))}" for name in asked)
+        raise InvalidInput("schedule", f"one that can run this call on {mesh}", f"{schedule!r} ({why})")
+    return _Shared(ranks, checked, chosen)
 
 
 def _checked(
@@ -386,7 +385,7 @@ def _call(ranks: Ranks, checked: _Checked) -> Call:
     # Of the problem no length, mask or flag decides, so that calls of many steps share one choice.
     plain = problem._replace(mask=Mask(), features=(), needs_grad=False)
     other = 0 if ranks.ulysses is None else ranks.ulysses.size
-    return Call(plain, geometry, ranks.ring.rank, other, tensors.key_mask is not None)
+    return Call(plain, geometry, other, tensors.key_mask is not None)
 
 
 def _attend(
@@ -417,13 +416,13 @@ def _attend(
             if x is not None:
                 gathered[name] = order.sorted(torch.cat(traders.gather(x), -1), -1)
         tensors = tensors._replace(**gathered)
-    _, around, rank = _call(ranks, shared.checked).ring(schedule)
+    _, around = _call(ranks, shared.checked).ring(schedule)
     empty = q.new_empty(0)
     beside = tensors._replace(
         q=empty, k=empty, v=empty, sink_logits=None, alibi_slopes=None if slopes is None else slopes.detach()
     )
     mine = problem._replace(q_heads=q.shape[1], kv_heads=k.shape[1])
-    whole = Whole(mine, around, rank, beside, head, backend)
+    whole = Whole(mine, around, ring.rank, beside, head, backend)
     plan = Halo(whole, ring) if schedule.startswith(HALO) else Ring(whole, ring)
     out, lse = blockwise.attend(whole, plan, q, k, v, sink_logits, slopes)
     if traders is not None:

@@ -56,14 +56,12 @@ class Call:
     Args:
         problem: of all heads; its lengths and its mask are not looked at.
         geometry: of the first dimension of the mesh.
-        rank: this one, along that dimension.
         ulysses: the length of the mesh's second dimension, 0: it has none.
         masked: whether there is a key_mask.
     """
 
     problem: Problem
     geometry: Geometry
-    rank: int
     ulysses: int
     masked: bool
 
@@ -71,19 +69,20 @@ class Call:
         """How many ranks trade heads in a schedule; 1: none."""
         return self.geometry.ranks if name == ULYSSES else self.ulysses or 1
 
-    def ring(self, name: str) -> tuple[Problem, Geometry, int]:
-        """The heads, the geometry and the rank of the ring (or halo) of a schedule."""
+    def ring(self, name: str) -> tuple[Problem, Geometry]:
+        """The heads and the geometry of the ring (or halo) of a schedule."""
         problem, trading = self.problem, self.trading(name)
         kv_heads = _repeated(problem.kv_heads, trading) // trading
         problem = problem._replace(q_heads=problem.q_heads // trading, kv_heads=kv_heads)
         if name == ULYSSES:
-            return problem, replace(self.geometry, ranks=1, layout="contiguous"), 0
-        return problem, self.geometry, self.rank
+            return problem, replace(self.geometry, ranks=1, layout="contiguous")
+        return problem, self.geometry
 
 
 @lru_cache(maxsize=256)
-def choose(call: Call, asked: str) -> Choice:
-    """
+def choose(call: Call, asked: str) -> tuple[str | None, str]:
+    """(schedule, why), the same on all ranks: nothing that differs between them decides. None: asked cannot run.
+
     Args:
         asked: "auto", or the schedule to take.
 
@@ -92,20 +91,11 @@ def choose(call: Call, asked: str) -> Choice:
     """
     if asked != "auto" and asked not in SCHEDULES:
         raise InvalidInput("schedule", f"'auto' or one of {', '.join(map(repr, SCHEDULES))}", repr(asked))
-    reasons = {name: _reasons(call, name) for name in SCHEDULES}
-    can = [name for name, why in reasons.items() if not why]
-    traffic = {name: _traffic(call, name) for name in can}
-    work = {name: imbalance(call.ring(name)[1]) for name in can}
+    can = [name for name in SCHEDULES if not reasons(call, name)]
     if asked != "auto":
-        why = "it was asked for" if asked in can else f"{asked} was asked for, and cannot run the call"
-        return Choice(asked if asked in can else None, why, reasons, traffic, work)
-    schedule, why = _best(call, can, traffic, work)
-    return Choice(schedule, why, reasons, traffic, work)
-
-
-def _best(
-    call: Call, can: list[str], traffic: Mapping[str, Traffic], work: Mapping[str, float]
-) -> tuple[str | None, str]:
+        return (
+            (asked, "it was asked for") if asked in can else (None, f"{asked} was asked for, and cannot run the call")
+        )
     windowed = next((name for name in can if name.startswith(HALO)), None)
     if windowed is not None:
         came, own = _most_from_others(call.geometry), call.geometry.nk // call.geometry.ranks
@@ -116,16 +106,27 @@ def _best(
         return None, "no schedule can run the call"
     if ULYSSES not in can:
         return ring, "keys travel while ranks compute, and a rank holds those of two at a time"
-    if work[ring] > _UNBALANCED:
-        why = f"all ranks work alike; in a ring the busiest would have {work[ring]:.3g} times the mean work"
+    busiest = imbalance(call.geometry)
+    if busiest > _UNBALANCED:
+        why = f"all ranks work alike; in a ring the busiest would have {busiest:.3g} times the mean work"
         return ULYSSES, f"{why}, less with layout='zigzag'" if call.geometry.layout == "contiguous" else why
-    heads, keys = (sent.forward + sent.backward for sent in (traffic[ULYSSES], traffic[ring]))
+    heads, keys = (_mean_bytes(call, name) for name in (ULYSSES, ring))
     if heads < keys:
-        return ULYSSES, f"this rank sends {heads:,} B, and {keys:,} B in a ring"
-    return ring, f"this rank sends {keys:,} B while it computes, and {heads:,} B if it traded heads"
+        return ULYSSES, f"a rank sends {heads:,} B in the mean, and {keys:,} B in a ring"
+    return ring, f"a rank sends {keys:,} B in the mean, while it computes, and {heads:,} B if it traded heads"
 
 
-def _reasons(call: Call, name: str) -> list[str]:
+def explanation(call: Call, rank: int, asked: str) -> Choice:
+    """The choice, and what every schedule costs this rank of the mesh's first dimension."""
+    schedule, why = choose(call, asked)
+    found = {name: reasons(call, name) for name in SCHEDULES}
+    can = [name for name in SCHEDULES if not found[name]]
+    work = {name: imbalance(call.ring(name)[1]) for name in can}
+    return Choice(schedule, why, found, {name: traffic(call, rank, name) for name in can}, work)
+
+
+def reasons(call: Call, name: str) -> list[str]:
+    """Why a schedule cannot run the call; empty: it can."""
     if ("+" in name) != (call.ulysses > 0):
         return [f"needs a mesh of {'two dimensions' if '+' in name else 'one dimension'}"]
     found, geometry, trading = [], call.geometry, call.trading(name)
@@ -140,12 +141,12 @@ def _reasons(call: Call, name: str) -> list[str]:
     return found
 
 
-def _traffic(call: Call, name: str) -> Traffic:
+def traffic(call: Call, rank: int, name: str) -> Traffic:
     """As CountBytes counts: of a broadcast what its root sends, of a reduction what the others do.
 
     Traded heads: all but the rank's own share of q, k, v, out, and in the forward lse.
     """
-    problem, geometry, rank = call.ring(name)
+    problem, geometry = call.ring(name)
     ranks, trading = geometry.ranks, call.trading(name)
     widths = problem.batch * (problem.head_dim + problem.v_head_dim)
     masked = problem.batch if call.masked else 0
@@ -171,6 +172,12 @@ def _traffic(call: Call, name: str) -> Traffic:
         forward += (traded + lse) * (trading - 1) // trading + masked * keys * (trading - 1)
         backward += traded * (trading - 1) // trading
     return Traffic(forward, backward)
+
+
+def _mean_bytes(call: Call, name: str) -> int:
+    """What a rank sends in forward and backward, the mean over the first dimension of the mesh."""
+    sent = [traffic(call, rank, name) for rank in range(call.ring(name)[1].ranks)]
+    return sum(each.forward + each.backward for each in sent) // len(sent)
 
 
 def _most_from_others(geometry: Geometry) -> int:
