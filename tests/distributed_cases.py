@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -58,30 +59,35 @@ FEATURES = (
 VARLEN = ("softcap", "alibi", "alibi_batch", "sink_logits", "rope", "dropout", "lse")
 
 
-def cases(ranks: int, count: int, *, packed: bool = False) -> list[Case]:
-    """Random calls for so many ranks, in which every schedule, layout, mask and feature occurs."""
-    draw = random.Random(ranks + 100 * packed)
+def cases(ranks: int, *, packed: bool = False) -> list[Case]:
+    """Calls for so many ranks: every mask on every schedule and layout that can take it, with random features.
+
+    Packed ones: a third of that.
+    """
+    draw = random.Random(ranks)
+    meshes = [((ranks,), ("auto", "ring", "halo", "ulysses"))]
+    if ranks == 4:
+        meshes.append(((2, 2), ("ring+ulysses", "halo+ulysses")))
     found: list[Case] = []
-    while len(found) < count:
-        at = len(found)
-        mesh = draw.choice(((ranks,), (2, 2))) if ranks == 4 else (ranks,)
-        heads = draw.choice(((4, 2), (4, 1), (4, 4)) if ranks != 3 else ((6, 2), (3, 3), (6, 1)))
-        names = ("ring", "halo", "ulysses") if len(mesh) == 1 else ("ring+ulysses", "halo+ulysses")
-        mask = MASKS[at % len(MASKS)]
-        schedule = "auto" if at % 7 == 0 else draw.choice(names)
-        features = set(draw.sample(VARLEN if packed else FEATURES, draw.choice((0, 1, 2, 4))))
-        if {"alibi", "alibi_batch"} <= features:
-            features.remove("alibi")
-        nq = draw.choice((4, 8, 10))
-        nk = nq if packed or draw.random() < 0.7 else draw.choice((6, 12))
-        if packed and not isinstance(mask.get("align", ""), str):
-            mask = {"causal": True}
-        if schedule.startswith("halo") and ("key_lens" in features or not _windowed(mask)):
-            continue
-        case = Case(
-            at, mesh, draw.choice(distributed.LAYOUTS), schedule, heads, (nq, nk), mask, tuple(sorted(features))
-        )
-        found.append(case)
+    for mesh, schedules in meshes:
+        for schedule, layout, mask in product(schedules, distributed.LAYOUTS, MASKS):
+            if schedule.startswith("halo") and not _windowed(mask):
+                continue
+            if packed and (not isinstance(mask.get("align", ""), str) or draw.random() < 2 / 3):
+                continue
+            if schedule == "auto" and draw.random() < 1 / 2:
+                continue
+            heads = draw.choice(((4, 2), (4, 1), (4, 4)) if ranks != 3 else ((6, 2), (3, 3), (6, 1)))
+            features = set(draw.sample(VARLEN if packed else FEATURES, draw.choice((0, 1, 2, 4))))
+            if "alibi_batch" in features:
+                features.discard("alibi")
+            if schedule.startswith("halo"):
+                features.discard("key_lens")
+            nq = draw.choice((4, 8, 10))
+            nk = nq if packed or draw.random() < 0.7 else draw.choice((6, 12))
+            found.append(
+                Case(len(found), mesh, layout, schedule, heads, (nq, nk), mask, tuple(sorted(features)))
+            )
     return found
 
 

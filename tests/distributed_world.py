@@ -62,14 +62,15 @@ class World:
         Raises:
             AssertionError: it raised on some rank; the tracebacks are in the message.
         """
-        for pipe in self._pipes:
-            pipe.send((function, args))
-        answers = self._answers()
+        answers = self.outcomes(function, *args)
         faults = [f"rank {rank}: {answer}" for rank, (good, answer) in enumerate(answers) if not good]
         assert not faults, "\n".join(faults)
         return [answer for _, answer in answers]
 
-    def _answers(self) -> list[tuple[bool, Any]]:
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[tuple[bool, Any]]:
+        """As `run`, but with the ranks' failures: (True, what it returned), or (False, a traceback, or "ended")."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
         found: dict[int, tuple[bool, Any]] = {}
         deadline = time.monotonic() + PATIENCE
         while len(found) < self.size:
