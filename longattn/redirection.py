@@ -50,6 +50,11 @@ def target() -> Elsewhere | None:
     return _elsewhere
 
 
+def on_shards() -> bool:
+    """Whether tokens are a shard of a sequence now."""
+    return _elsewhere is not None
+
+
 def token_places(tokens: int, device: torch.device) -> Tensor:
     """Where the tokens at hand stand in their sequence, int64: 0, 1, 2, .. unless they are a shard of it."""
     return torch.arange(tokens, device=device) if _elsewhere is None else _elsewhere.token_places(tokens, device)

@@ -19,6 +19,16 @@ import torch.distributed as dist
 PATIENCE = 400.0  # seconds, for a machine that is busy or stopped for a while
 
 
+# Loaded once, by the process that the others are forked from.
+PRELOADED = (
+    "longattn.distributed",
+    "longattn.training",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+)
+
+
 class World:
     """Processes that share a process group; started once, for many calls. A context manager that ends them.
 
@@ -31,7 +41,7 @@ class World:
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "longattn.distributed"])
+        context.set_forkserver_preload(list(PRELOADED))
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):

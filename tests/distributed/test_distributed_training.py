@@ -1,0 +1,26 @@
+"""Models on shards: our decoder under FSDP2, its checkpoints on other numbers of ranks, Hugging Face models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import distributed_training
+from distributed_world import World
+
+
+def test_models_on_shards(tmp_path: Path) -> None:
+    """Losses are those of one process; a training that two ranks began goes on with four."""
+    alone = [distributed_training.training(distributed_training.decoder(config)) for config in distributed_training.CONFIGS]
+    folder = str(tmp_path)
+    with World(2) as world:
+        for losses in world.run(distributed_training.train_here, (2,), "zigzag", 2, folder, False):
+            assert losses == [[], []]
+        for layout in ("contiguous", "zigzag"):
+            world.run(distributed_training.hugging_face, 2, layout)
+        world.run(distributed_training.unfit, 2)
+    with World(4) as world:
+        for losses in world.run(distributed_training.train_here, (2, 2), "contiguous", 4, folder, True):
+            for ours, theirs in zip(losses, alone, strict=True):
+                assert ours == pytest.approx(theirs[2:], rel=1e-5)
