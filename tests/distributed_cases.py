@@ -85,9 +85,7 @@ def cases(ranks: int, *, packed: bool = False) -> list[Case]:
                 features.discard("key_lens")
             nq = draw.choice((4, 8, 10))
             nk = nq if packed or draw.random() < 0.7 else draw.choice((6, 12))
-            found.append(
-                Case(len(found), mesh, layout, schedule, heads, (nq, nk), mask, tuple(sorted(features)))
-            )
+            found.append(Case(len(found), mesh, layout, schedule, heads, (nq, nk), mask, tuple(sorted(features))))
     return found
 
 

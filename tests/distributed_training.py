@@ -71,15 +71,17 @@ def hugging_face(rank: int, world: int, layout: str) -> None:
     """Logits and summed gradients of tiny models on shards are those of whole sequences."""
     import transformers
 
-    from longattn.integrations import huggingface
     from integrations.tiny_models import DECODERS, VOCABULARY
+    from longattn.integrations import huggingface
 
     transformers.logging.set_verbosity_error()
     huggingface.register()
     mesh = init_device_mesh("cpu", (world,))
     tokens = torch.randint(3, VOCABULARY, (2, 16 * world))
     targets = tokens.roll(-1, 1)
-    mine = {name: shard(x, mesh, dim=1, layout=layout) for name, x in (("input_ids", tokens), ("shift_labels", targets))}
+    mine = {
+        name: shard(x, mesh, dim=1, layout=layout) for name, x in (("input_ids", tokens), ("shift_labels", targets))
+    }
     close = {"rtol": 1e-3, "atol": 1e-4}  # float32: a mixture of experts runs in nothing wider
     for family in FAMILIES:
         kind, sizes = DECODERS[family]
@@ -92,20 +94,20 @@ def hugging_face(rank: int, world: int, layout: str) -> None:
         with huggingface.context_parallel(model, mesh, layout=layout):
             part = model(**mine, labels=mine["shift_labels"], num_items_in_batch=targets.numel(), use_cache=False)
         logits = unshard(part.logits, mesh, dim=1, layout=layout)
-        torch.testing.assert_close(logits, whole.logits, **close, msg=lambda text: f"{family}: {text}")
+        torch.testing.assert_close(logits, whole.logits, **close)
         got = torch.autograd.grad(part.loss, list(model.parameters()), materialize_grads=True)
         for right, share in zip(expected, got, strict=True):
             dist.all_reduce(share)
-            torch.testing.assert_close(share, right, **close, msg=lambda text: f"{family}: {text}")
+            torch.testing.assert_close(share, right, **close)
 
 
 def unfit(rank: int, world: int) -> None:
     """What a model or a call cannot mean on shards is an error."""
     import transformers
 
+    from integrations.tiny_models import DECODERS
     from longattn import Unsupported, attention_rows
     from longattn.integrations import huggingface
-    from integrations.tiny_models import DECODERS
 
     huggingface.register()
     mesh = init_device_mesh("cpu", (world,))

@@ -58,7 +58,7 @@ class ContextParallel(nn.Module):
         for block in model.blocks:
             fully_shard(block, mesh=weights_mesh)
         fully_shard(model, mesh=weights_mesh)
-        register_fsdp_forward_method(model, "loss")  # type: ignore[arg-type]
+        register_fsdp_forward_method(model, "loss")
         self.model = model
         self.mesh, self.layout, self.schedule = mesh, layout, schedule
         self.weights_mesh = weights_mesh
@@ -75,10 +75,9 @@ class ContextParallel(nn.Module):
                 of twice the ring's).
             others: as in `Decoder.loss`, but reduction.
         """
-        mine = {"tokens": tokens, "targets": targets}
-        mine = {name: shard(x, self.mesh, dim=-1, layout=self.layout) for name, x in mine.items()}
+        mine = [shard(x, self.mesh, dim=-1, layout=self.layout) for x in (tokens, targets)]
         with context_parallel(self.mesh, layout=self.layout, schedule=self.schedule):
-            losses = self.model.loss(**mine, **others, reduction="none")
+            losses = self.model.loss(*mine, **others, reduction="none")
         counted = (targets != IGNORED).sum().clamp(min=1)
         group = self.weights_mesh.get_group()
         share = losses.sum() / counted
@@ -102,29 +101,27 @@ def save_sharded(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], step: int
 ) -> None:
     """Write a folder, every rank its part."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     weights, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": state, "step": step, "settings": dict(settings)}, checkpoint_id=path)
+    save({"model": weights, "optimizer": state, "step": step, "settings": dict(settings)}, checkpoint_id=path)
 
 
-def load_sharded(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]
-) -> int:
+def load_sharded(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]) -> int:
     """Read it, written by any number of ranks; the steps done.
 
     Raises:
         InvalidInput: there is no such folder, or it is of another training.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     if not (Path(path) / ".metadata").exists():
         raise InvalidInput("checkpoint", "a folder that a training wrote", str(path))
     weights, state = get_state_dict(model, optimizer)
     saved: dict[str, Any] = {"model": weights, "optimizer": state, "step": 0, "settings": dict(settings)}
-    dcp.load(saved, checkpoint_id=path)
+    load(saved, checkpoint_id=path)
     if saved["settings"] != dict(settings):
         raise InvalidInput("checkpoint", f"a training by {dict(settings)}", saved["settings"])
     set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])

@@ -12,7 +12,9 @@ from distributed_world import World
 
 def test_models_on_shards(tmp_path: Path) -> None:
     """Losses are those of one process; a training that two ranks began goes on with four."""
-    alone = [distributed_training.training(distributed_training.decoder(config)) for config in distributed_training.CONFIGS]
+    alone = [
+        distributed_training.training(distributed_training.decoder(config)) for config in distributed_training.CONFIGS
+    ]
     folder = str(tmp_path)
     with World(2) as world:
         for losses in world.run(distributed_training.train_here, (2,), "zigzag", 2, folder, False):

@@ -48,9 +48,9 @@ def context_parallel(
             tokens = kwargs["inputs_embeds"][..., 0]
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = token_places(tokens.shape[1], tokens.device)[None].expand(tokens.shape[0], -1)
-        if len(args) < 2 and kwargs.get("attention_mask") is None:
-            # Or transformers would take a jump in position_ids, as in zigzag shards, for the start of a document.
-            kwargs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+            if len(args) < 2 and kwargs.get("attention_mask") is None:
+                # Or transformers would take the jump in them, in a zigzag shard, for the start of a packed document.
+                kwargs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
         return args, kwargs
 
     hook = model.register_forward_pre_hook(prepare, with_kwargs=True)
