@@ -118,7 +118,7 @@ def unfit(rank: int, world: int) -> None:
         with pytest.raises(InvalidInput, match="shift_labels"):
             model(input_ids=tokens, labels=tokens)
         with pytest.raises(Unsupported, match="shards"):
-            model(input_ids=tokens, position_ids=torch.zeros(1, 8, dtype=torch.int64), attention_mask=None)
+            model(input_ids=tokens, position_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)
         q = torch.randn(1, 2, 8, 4)
         with pytest.raises(Unsupported, match="attention_rows"):
             attention_rows(q, q, [0])

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class CountBytes(TorchDispatchMode):
     """Counts what this rank puts into torch.distributed while the mode is on, backward included.
 
-    Of a message all of it, of an all-to-all all but the own share, of a gather the own part once for every other rank,
-    of a broadcast what its root puts in, of a reduction to one what the others put in, of a reduction to all what a
+    Of a message all of it; of an all-to-all and a scatter all but the own share; of a gather the own part once for
+    every other rank; of a broadcast what its root puts in; of a reduction to one what the others put in, to all what a
     ring sends, 2 (ranks - 1) / ranks times the tensor, and to parts half of that.
 
     by_operator: bytes by the operator's name; total: of all.
@@ -61,6 +61,7 @@ _SENT: dict[str, Callable[[tuple[Any, ...]], float]] = {
     "c10d::alltoall_": lambda args: _bytes(args[1]) * _others(args[2]),
     "c10d::allgather_": lambda args: _bytes(args[1]) * (_group(args[2]).size() - 1),
     "c10d::_allgather_base_": lambda args: _bytes(args[1]) * (_group(args[2]).size() - 1),
+    "c10d::scatter_": lambda args: _bytes(args[1][0] if args[1] else []) * _others(args[2]),
     "c10d::broadcast_": lambda args: _bytes(args[0]) * (_group(args[1]).rank() == args[2]),
     "c10d::reduce_": lambda args: _bytes(args[0]) * (_group(args[1]).rank() != args[3]),
     "c10d::allreduce_": lambda args: 2 * _bytes(args[0]) * _others(args[1]),

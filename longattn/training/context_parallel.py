@@ -97,6 +97,13 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether it is set on some rank: what they do together, they decide together."""
+    flags = torch.tensor(int(flag), device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
 def save_sharded(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], step: int
 ) -> None:

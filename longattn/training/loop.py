@@ -20,7 +20,7 @@ from longattn.errors import InvalidInput
 from longattn.models import TransformerConfig, autocast, matmul_dtype
 from longattn.scaling import finite_number
 from longattn.training.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
-from longattn.training.context_parallel import is_sharded, load_sharded, save_sharded
+from longattn.training.context_parallel import is_sharded, load_sharded, on_any_rank, save_sharded
 
 __all__ = ["Batches", "Trainable", "TrainingConfig", "TrainingResult", "train"]
 
@@ -205,7 +205,7 @@ def train(
             tokens += inputs["tokens"].numel()
             elapsed = time.perf_counter() - start
             show(config.progress(step, before + elapsed), step, losses[-1], tokens / elapsed)
-            if interrupted():
+            if on_any_rank(interrupted(), device) if sharded else interrupted():
                 save()
                 raise KeyboardInterrupt
             if config.save_every and step % config.save_every == 0:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,3 +30,18 @@ def test_models_on_shards(tmp_path: Path) -> None:
         for losses in world.run(distributed_training.train_here, (2, 2), "contiguous", 4, folder, True):
             for ours, theirs in zip(losses, alone, strict=True):
                 assert ours == pytest.approx(theirs[2:], rel=1e-5)
+
+
+def test_the_example_under_torchrun(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(root / "examples" / "train_context_parallel.py"), str(tmp_path / "checkpoint"), "2", "512"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"2 ranks, 512 tokens: loss 5\.\d+ to 5\.\d+", done.stdout), done.stdout
+    assert (tmp_path / "checkpoint" / ".metadata").exists()
