@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from longattn.errors import InvalidInput
-from longattn.evaluation.plan import MACHINES, MODELS, Estimate
+from longattn.evaluation.plan import MACHINES, MODELS, Estimate, can_run
 from longattn.evaluation.plan import plan as estimate
 from longattn.models import TransformerConfig
 
 __all__ = ["plan"]
 
 _WIDTH = 100  # of the table: a pipe says nothing of its own
-_SCHEDULES = ("auto", "ring", "halo", "ulysses")
+_SCHEDULES = ("ring", "halo", "ulysses")
 
 
 @click.command(context_settings={"show_default": True})
@@ -25,7 +25,12 @@ _SCHEDULES = ("auto", "ring", "halo", "ulysses")
 @click.option("--tokens", default="1M", help="Of the sequence, such as 500K or 15M; several with commas between them.")
 @click.option("--gpus", default="8", help="How many; several with commas between them, or 1..1024 for powers of two.")
 @click.option("--machine", type=click.Choice(list(MACHINES)), default="h100", help="Rates and memory.")
-@click.option("--schedule", type=click.Choice(_SCHEDULES), default="auto", help="Of attention; all: leave out.")
+@click.option(
+    "--schedule",
+    type=click.Choice(("auto", "all", *_SCHEDULES)),
+    default="auto",
+    help="Of attention; all: a row for each.",
+)
 @click.option("--offload", is_flag=True, help="Checkpoints and the optimiser's state stay in the host's memory.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the step times, a PNG.")
 def plan(model: str, tokens: str, gpus: str, machine: str, schedule: str, offload: bool, plot: Path | None) -> None:
@@ -35,9 +40,10 @@ def plan(model: str, tokens: str, gpus: str, machine: str, schedule: str, offloa
     """
     config = MODELS[model] if model in MODELS else _from_file(model)
     found = [
-        estimate(config, length, count, MACHINES[machine], schedule=schedule, offload=offload)
+        each
         for length in _numbers("--tokens", tokens)
         for count in _numbers("--gpus", gpus)
+        for each in _estimates(config, length, count, machine, schedule, offload)
     ]
     table = Table("tokens", "GPUs", "schedule", "step", "attention", "of ideal", "memory", "sends", "fits", title=model)
     for each in found:
@@ -58,6 +64,18 @@ def plan(model: str, tokens: str, gpus: str, machine: str, schedule: str, offloa
     if plot is not None:
         _draw(found, f"{model} on {machine}", plot)
         click.echo(f"{plot}")
+
+
+def _estimates(
+    config: TransformerConfig, tokens: int, gpus: int, machine: str, schedule: str, offload: bool
+) -> list[Estimate]:
+    if schedule != "all":
+        return [estimate(config, tokens, gpus, MACHINES[machine], schedule=schedule, offload=offload)]
+    found = []
+    for name in _SCHEDULES:
+        if can_run(config, tokens, gpus, name):
+            found.append(estimate(config, tokens, gpus, MACHINES[machine], schedule=name, offload=offload))
+    return found
 
 
 def _from_file(path: str) -> TransformerConfig:
@@ -105,15 +123,18 @@ def _draw(found: list[Estimate], title: str, path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for color, tokens in enumerate(dict.fromkeys(_count(each.tokens) for each in found)):
-        points = [each for each in found if _count(each.tokens) == tokens]
+    curves = dict.fromkeys((each.tokens, each.asked) for each in found)
+    for color, (tokens, asked) in enumerate(curves):
+        points = [each for each in found if (each.tokens, each.asked) == (tokens, asked)]
         gpus, seconds = [each.gpus for each in points], [each.seconds for each in points]
-        axes.plot(gpus, seconds, color=f"C{color}", label=f"{tokens} tokens")
+        axes.plot(
+            gpus, seconds, color=f"C{color}", label=f"{_count(tokens)} tokens{'' if asked == 'auto' else f', {asked}'}"
+        )
         for fits, face in ((True, f"C{color}"), (False, "white")):
             kept = [each for each in points if each.fits == fits]
             place = [each.gpus for each in kept], [each.seconds for each in kept]
             axes.plot(*place, "o", color=f"C{color}", markerfacecolor=face, linestyle="none")
-    axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="seconds a step", title=title)
+    axes.set(yscale="log", xlabel="GPUs", ylabel="seconds a step", title=title)
     axes.set_xscale("log", base=2)
     axes.legend(title="filled: fits in memory")
     axes.grid(alpha=0.3)

@@ -95,12 +95,14 @@ MODELS: Mapping[str, TransformerConfig] = {
 class Estimate:
     """One step of one schedule. Seconds, and bytes of a rank; attention_seconds are a part of seconds.
 
+    asked: the schedule that was asked for; schedule: those that the layers take.
     efficiency: the time that the operations alone would take, spread evenly, over that of the step.
     sent: bytes of keys, values, heads and their gradients in a step; weights travel beside.
     """
 
     gpus: int
     tokens: int
+    asked: str
     schedule: str
     layout: str
     seconds: float
@@ -137,7 +139,7 @@ def plan(
     for name, value in (("tokens", tokens), ("gpus", gpus)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidInput(name, "an int >= 1", repr(value))
-    tokens += -tokens % (2 * gpus)
+    asked, tokens = tokens, _rounded(tokens, gpus)
     names = [_schedule(_call(model, tokens, gpus, layer, layout), schedule) for layer in range(model.layers)]
     if schedule not in ("auto", *names):
         raise InvalidInput("schedule", "one that some layer can take", repr(schedule))
@@ -152,7 +154,8 @@ def plan(
     chosen = "+".join(dict.fromkeys(names))
     return Estimate(
         gpus,
-        tokens,
+        asked,
+        schedule,
         chosen,
         layout,
         seconds,
@@ -162,6 +165,17 @@ def plan(
         sum(layer.sent for layer in found),
         memory <= machine.usable * machine.memory,
     )
+
+
+def can_run(model: TransformerConfig, tokens: int, gpus: int, schedule: str) -> bool:
+    """Whether some layer can take a schedule."""
+    layers = range(min(model.layers, len(model.pattern)))
+    calls = [_call(model, _rounded(tokens, gpus), gpus, layer, "zigzag") for layer in layers]
+    return any(not reasons(call, schedule) for call in calls)
+
+
+def _rounded(tokens: int, gpus: int) -> int:
+    return tokens + -tokens % (2 * gpus)
 
 
 @dataclass(frozen=True)

@@ -32,16 +32,29 @@ def test_models_on_shards(tmp_path: Path) -> None:
                 assert ours == pytest.approx(theirs[2:], rel=1e-5)
 
 
-def test_the_example_under_torchrun(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def torchrun(*command: object) -> str:
+    """What two processes print."""
     done = subprocess.run(
-        [*command, str(root / "examples" / "train_context_parallel.py"), str(tmp_path / "checkpoint"), "2", "512"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"2 ranks, 512 tokens: loss 5\.\d+ to 5\.\d+", done.stdout), done.stdout
+    return done.stdout
+
+
+def test_the_example_under_torchrun(tmp_path: Path) -> None:
+    printed = torchrun(ROOT / "examples" / "train_context_parallel.py", tmp_path / "checkpoint", 2, 512)
+    assert re.search(r"2 ranks, 512 tokens: loss 5\.\d+ to 5\.\d+", printed), printed
     assert (tmp_path / "checkpoint" / ".metadata").exists()
+
+
+def test_the_page(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    (tmp_path / "this.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], encoding="utf-8")
+    assert "halo: a rank sees at most 259 keys of others" in torchrun(tmp_path / "this.py")

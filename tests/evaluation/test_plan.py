@@ -70,5 +70,7 @@ def test_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.output.count("500K") == 4 and result.output.count("1M") == 4
     assert picture.read_bytes().startswith(b"\x89PNG")
+    each = CliRunner().invoke(main, ["plan", "--model", "llama-8b-sliding", "--gpus", "4", "--schedule", "all"]).output
+    assert all(f" {name} " in each for name in ("ring", "halo+ring", "ulysses")), each
     for option in (["--tokens", "many"], ["--model", "missing"], ["--gpus", "0"]):
         assert CliRunner().invoke(main, ["plan", *option]).exit_code == 1
