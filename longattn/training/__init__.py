@@ -1,6 +1,7 @@
 """Training: data from files, tokenizers, the loop, and checkpoints that resume to the very same losses."""
 
 from longattn.training.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
+from longattn.training.context_parallel import ContextParallel
 from longattn.training.data import ByteCorpus, RandomWindows, find_files, split_files, stdlib_files
 from longattn.training.loop import Batches, Trainable, TrainingConfig, TrainingResult, train
 from longattn.training.packing import PackedDocuments, TokenFile, pack, write_token_file
@@ -11,6 +12,7 @@ __all__ = [
     "Batches",
     "ByteCorpus",
     "Checkpoint",
+    "ContextParallel",
     "PackedDocuments",
     "RandomWindows",
     "TokenFile",

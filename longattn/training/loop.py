@@ -20,6 +20,7 @@ from longattn.errors import InvalidInput
 from longattn.models import TransformerConfig, autocast, matmul_dtype
 from longattn.scaling import finite_number
 from longattn.training.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from longattn.training.context_parallel import is_sharded, load_sharded, on_any_rank, save_sharded
 
 __all__ = ["Batches", "Trainable", "TrainingConfig", "TrainingResult", "train"]
 
@@ -148,7 +149,8 @@ def train(
         model: a module that is `Trainable`; trained in place, on its device.
         batches: the data, the arguments of its `loss`.
         config: how.
-        checkpoint: where to save, every `save_every` steps, when interrupted, and at the end.
+        checkpoint: where to save, every `save_every` steps, when interrupted, and at the end. A file; of a model whose
+            weights ranks share a folder, which any number of ranks can load (torch.distributed.checkpoint).
         resume: go on from the checkpoint, which must be of this model, data and config. The losses are those that an
             uninterrupted training would have had.
         description: shown beside the progress bar; show_progress: whether there is one.
@@ -164,11 +166,19 @@ def train(
     settings = {"training": asdict(config), "data": batches.describe(), "dtype": str(dtype).removeprefix("torch.")}
     optimizer = _optimizer(model, config)
     step, before = 0, 0.0
+    sharded = is_sharded(model)
+    if sharded and config.seconds:
+        raise InvalidInput("seconds", "0 where ranks train together, as their clocks differ", config.seconds)
     if resume and checkpoint is not None:
-        step, before = _restore(load_checkpoint(checkpoint), model, optimizer, settings)
+        if sharded:
+            step = load_sharded(checkpoint, model, optimizer, settings)
+        else:
+            step, before = _restore(load_checkpoint(checkpoint), model, optimizer, settings)
 
     def save() -> None:
-        if checkpoint is not None:
+        if checkpoint is not None and sharded:
+            save_sharded(checkpoint, model, optimizer, settings, step)
+        elif checkpoint is not None:
             elapsed = before + time.perf_counter() - start
             save_checkpoint(checkpoint, _snapshot(model, optimizer, settings, step, elapsed))
 
@@ -195,7 +205,7 @@ def train(
             tokens += inputs["tokens"].numel()
             elapsed = time.perf_counter() - start
             show(config.progress(step, before + elapsed), step, losses[-1], tokens / elapsed)
-            if interrupted():
+            if on_any_rank(interrupted(), device) if sharded else interrupted():
                 save()
                 raise KeyboardInterrupt
             if config.save_every and step % config.save_every == 0:
