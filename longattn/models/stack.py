@@ -18,6 +18,7 @@ from longattn.cache import Cache
 from longattn.errors import InvalidInput
 from longattn.models.blocks import Block, make_norm
 from longattn.models.config import TransformerConfig
+from longattn.redirection import token_places, whole_length
 
 __all__ = ["Stack", "check_ids", "draw_weights", "sinusoids"]
 
@@ -113,10 +114,10 @@ class Stack(nn.Module):
         if config.scale_embeddings:
             x = x * math.sqrt(config.dim)
         if config.positions != "rope":
-            places = torch.arange(x.shape[-2], device=x.device)
+            places = token_places(x.shape[-2], x.device)
             if cu_seqlens is not None:
                 places = _places_in_sequences(places, cu_seqlens)
-            x = x + self._position_vectors(places, attention.get("max_seqlen") or x.shape[-2]).to(x.dtype)
+            x = x + self._position_vectors(places, attention.get("max_seqlen") or whole_length(x.shape[-2])).to(x.dtype)
         if self.type_embedding is not None:
             if token_types is None:
                 token_types = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
