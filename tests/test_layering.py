@@ -23,7 +23,7 @@ LAYERS = (
     ("nn", "distributed"),
     ("cache",),
     ("functional", "inspect"),
-    ("arguments", "explanation"),
+    ("arguments", "explanation", "redirection"),
     ("ops",),
     ("backends.registry", "batching"),
     ("backends.cpu", "backends.reference"),

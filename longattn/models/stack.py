@@ -19,6 +19,7 @@ from longattn.cache import Cache
 from longattn.errors import InvalidInput
 from longattn.models.blocks import Block, make_norm
 from longattn.models.config import TransformerConfig
+from longattn.redirection import token_places, whole_length
 
 __all__ = ["Stack", "check_ids", "draw_weights", "sinusoids"]
 
@@ -150,8 +151,8 @@ class Stack(nn.Module):
         if config.scale_embeddings:
             x = x * math.sqrt(config.dim)
         if config.positions != "rope":
-            places = torch.arange(x.shape[-2], device=x.device)
-            length = attention.get("max_seqlen") or x.shape[-2]
+            places = token_places(x.shape[-2], x.device)
+            length = attention.get("max_seqlen") or whole_length(x.shape[-2])
             if cu_seqlens is not None:
                 places = _places_in_sequences(places, cu_seqlens)
             elif caches is not None:

@@ -11,6 +11,7 @@ from longattn.training.batching import (
     pad,
 )
 from longattn.training.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
+from longattn.training.context_parallel import ContextParallel
 from longattn.training.data import ByteCorpus, RandomWindows, find_files, split_files, stdlib_files
 from longattn.training.loop import Batches, Loss, Trainable, TrainingConfig, TrainingResult, train
 from longattn.training.packing import Documents, PackedDocuments, TokenFile, pack, write_token_file
@@ -30,6 +31,7 @@ __all__ = [
     "ByteCorpus",
     "ByteTokenizer",
     "Checkpoint",
+    "ContextParallel",
     "DenoisedWindows",
     "Documents",
     "LabelledSequence",

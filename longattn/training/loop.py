@@ -21,6 +21,7 @@ from longattn.models import TransformerConfig, autocast, matmul_dtype
 from longattn.models.stack import Stack
 from longattn.scaling import finite_number
 from longattn.training.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from longattn.training.context_parallel import is_sharded, load_sharded, on_any_rank, save_sharded
 
 __all__ = ["Batches", "Loss", "Trainable", "TrainingConfig", "TrainingResult", "train"]
 
@@ -166,7 +167,8 @@ def train(
         batches: the data, the arguments of its `loss`.
         config: how.
         loss: of a batch, in place of the model's own.
-        checkpoint: where to save, every `save_every` steps, when interrupted, and at the end.
+        checkpoint: where to save, every `save_every` steps, when interrupted, and at the end. A file; of a model whose
+            weights ranks share a folder, which any number of ranks can load (torch.distributed.checkpoint).
         resume: go on from the checkpoint, which must be of this model, data and config. The losses are those that an
             uninterrupted training would have had.
         description: shown beside the progress bar; show_progress: whether there is one.
@@ -184,11 +186,19 @@ def train(
         settings["loss"] = loss.describe()
     optimizer = _optimizer(model, config)
     step, before = 0, 0.0
+    sharded = is_sharded(model)
+    if sharded and config.seconds:
+        raise InvalidInput("seconds", "0 where ranks train together, as their clocks differ", config.seconds)
     if resume and checkpoint is not None:
-        step, before = _restore(load_checkpoint(checkpoint), model, optimizer, settings)
+        if sharded:
+            step = load_sharded(checkpoint, model, optimizer, settings)
+        else:
+            step, before = _restore(load_checkpoint(checkpoint), model, optimizer, settings)
 
     def save() -> None:
-        if checkpoint is not None:
+        if checkpoint is not None and sharded:
+            save_sharded(checkpoint, model, optimizer, settings, step)
+        elif checkpoint is not None:
             elapsed = before + time.perf_counter() - start
             save_checkpoint(checkpoint, _snapshot(model, optimizer, settings, step, elapsed))
 
@@ -216,7 +226,7 @@ def train(
             tokens += inputs["tokens"].numel()
             elapsed = time.perf_counter() - start
             show(config.progress(step, before + elapsed), step, losses[-1], tokens / elapsed)
-            if interrupted():
+            if on_any_rank(interrupted(), device) if sharded else interrupted():
                 save()
                 raise KeyboardInterrupt
             if config.save_every and step % config.save_every == 0:
