@@ -272,7 +272,9 @@ def check_prompts(model: Model, prompts: Sequence[Prompt], name: str = "prompts"
             fits = isinstance(prompt, Sequence) and all(type(token) is int for token in prompt)
             ids = list(prompt) if fits else None
         if not ids:
-            raise InvalidInput(name, expected, f"an empty one, number {number}" if fits else repr(prompt)[:80])
+            raise InvalidInput(
+                name, expected, f"an empty {name.removesuffix('s')}, number {number}" if fits else repr(prompt)[:80]
+            )
         if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
             raise InvalidInput(name, expected, f"ids {min(ids)}..{max(ids)}")
         checked.append(ids)
