@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.models import EncoderDecoder, TransformerConfig
+from longattn.models import EncoderDecoder, GenerationConfig, TransformerConfig, decode_bytes, generate
 from longattn.training import TrainingConfig, train
 
 ONES = (
@@ -84,18 +84,12 @@ def pairs(numbers: Sequence[int]) -> dict[str, Tensor]:
     return {"source": source, "tokens": target[:, :-1], "targets": targets, "source_lens": source_lens}
 
 
-@torch.no_grad()
 def translate(model: EncoderDecoder, texts: Sequence[str], limit: int = DIGITS + 1) -> list[str]:
-    """The likeliest next token each time, until all have ended."""
-    source, source_lens = padded([text.encode() for text in texts])
-    memory = model.encode(source, source_lens=source_lens)
-    tokens = torch.full((len(texts), 1), START)
-    for _ in range(limit):
-        hidden = model.decode(tokens, memory, source_lens=source_lens)[:, -1]
-        tokens = torch.cat((tokens, (hidden @ model.output_weight.T).argmax(-1, keepdim=True)), 1)
-        if (tokens == END).any(1).all():
-            break
-    return [bytes(row[1:].tolist()).split(bytes([END]))[0].decode("utf-8", "replace") for row in tokens]
+    """The likeliest next token each time, until a text has ended."""
+    config = GenerationConfig(max_new_tokens=limit, stop_tokens=[END])
+    sources = [list(text.encode()) for text in texts]
+    found = generate(model.eval(), [[START]] * len(texts), config, sources=sources, decode=decode_bytes)
+    return [each.text or "" for each in found]
 
 
 def main(steps: int = 1500, batch_size: int = 64, dim: int = 64) -> float:

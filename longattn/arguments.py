@@ -227,7 +227,7 @@ def cached(
                 raise InvalidInput(name, "its default with a tree", _describe(unwanted))
         if rotation is not None and rotation.cos is not None:
             raise InvalidInput("tree", "None where keys rotate on reading", _describe(tree))
-        branches, depths = _tree(tree, batch, nq, device)
+        branches, depths = draft_tree(tree, batch, nq, device)
         before = torch.tensor([[n - new] for n, new in zip(after, counts, strict=True)], device=device)
         places = before + depths
         if mask.left is not None:
@@ -485,7 +485,7 @@ def _cache_mask(causal: bool, window: Window, sinks: int | None, shape: CacheSha
     return mask
 
 
-def _tree(tree: object, batch: int, nq: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def draft_tree(tree: object, batch: int, nq: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ancestors (bool, the token itself included) and depths of drafts: [T, T] and [T], or [B, T, T] and [B, T]."""
     if isinstance(tree, Tensor):
         tree = _int_tensor("tree", tree, ((nq,), (batch, nq)), tree.device).tolist()

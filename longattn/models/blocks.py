@@ -120,6 +120,7 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: Cache | None = None,
+        memory_cache: Cache | None = None,
         lengths: Tensor | Sequence[int] | None = None,
         sequences: Sequence[int] | None = None,
         tree: Tensor | Sequence[int] | None = None,
@@ -128,6 +129,7 @@ class Block(nn.Module):
 
         Args:
             memory: [B, M, C], for the cross-attention; memory_mask and memory_lens: its key_mask and key_lens.
+            memory_cache: that remembers it, in place of memory.
             key_mask, key_lens, cu_seqlens, max_seqlen, cache, lengths, sequences, tree: of the self-attention, as in
                 `longattn.nn.Attention`.
         """
@@ -144,7 +146,12 @@ class Block(nn.Module):
         )
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             inner = self._before(x, self.cross_attention_norm)
-            attended = self.cross_attention(inner, context=memory, key_mask=memory_mask, key_lens=memory_lens)
+            if memory_cache is None:
+                attended = self.cross_attention(inner, context=memory, key_mask=memory_mask, key_lens=memory_lens)
+            else:
+                attended = self.cross_attention(
+                    inner, cache=memory_cache, append=False, lengths=lengths, sequences=sequences
+                )
             x = self._add(x, attended, self.cross_attention_norm)
         return self._add(x, self.feed_forward(self._before(x, self.feed_forward_norm)), self.feed_forward_norm)
 
