@@ -16,6 +16,8 @@ namespace longattn {
 namespace {
 
 constexpr int64_t kFewRows = 8;
+// Rows to fetch before they are read: pages end too soon for the processor to guess them.
+constexpr int64_t kAhead = 16;
 
 template <class T>
 struct DecodeScratch {
@@ -37,10 +39,12 @@ struct DecodeScratch {
 template <class T>
 struct Plain {
   using Sum = T;
+  static constexpr int64_t kBytes = sizeof(T);
   static Vec<T> load(const char* row, int64_t c) { return longattn::load<T>(reinterpret_cast<const T*>(row) + c); }
 };
 struct BFloat16 {
   using Sum = float;
+  static constexpr int64_t kBytes = 2;
   static Vec<float> load(const char* row, int64_t c) {
     row += 2 * c;
 #if defined(__AVX512F__)
@@ -64,6 +68,7 @@ struct BFloat16 {
 template <class T>
 struct Int8 {
   using Sum = T;
+  static constexpr int64_t kBytes = 1;
   static Vec<T> load(const char* row, int64_t c) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) {
@@ -87,8 +92,8 @@ struct Int8 {
 
 // The keys of a block, or their values, row by row.
 struct Block {
-  const char* rows[kKeyBlock + kWidth<float>];  // past the last: as the last
-  const float* scales[kKeyBlock];               // of int8
+  const char* rows[kKeyBlock + 2 * kAhead];  // past the last: as the last
+  const float* scales[kKeyBlock];            // of int8
   int64_t keys;
 };
 
@@ -99,7 +104,7 @@ inline void locate_block(KeyRows* rows, int64_t first, int64_t keys, Block* bloc
     block->rows[j] = rows->at(first + j);
     if (scaled) block->scales[j] = &rows->scale(first + j);
   }
-  for (int64_t j = keys; j < keys + kWidth<float>; ++j) block->rows[j] = block->rows[keys - 1];
+  for (int64_t j = keys; j < keys + 2 * kAhead; ++j) block->rows[j] = block->rows[keys - 1];
 }
 
 // Sums of the lanes of N = kWidth vectors: of x[i] in lane i. Each step adds halves and puts two vectors side by side;
@@ -128,6 +133,7 @@ inline void dot_products(const Block& block, int64_t columns, const T* queries, 
       for (int r = 0; r < R; ++r) q[r] = load<T>(queries + r * width + c);
 #pragma GCC unroll 16
       for (int k = 0; k < K; ++k) {
+        __builtin_prefetch(block.rows[j + k + kAhead] + c * Stored::kBytes);
         const Vec<T> key = Stored::load(block.rows[j + k], c);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) sums[k * R + r] += key * q[r];
@@ -152,7 +158,10 @@ inline void add_values(const Block& block, int64_t c, const T* weights, const T*
   for (int64_t j = 0; j < block.keys; ++j) {
     Vec<T> value[C];
 #pragma GCC unroll 4
-    for (int n = 0; n < C; ++n) value[n] = Stored::load(block.rows[j], c + n * W);
+    for (int n = 0; n < C; ++n) {
+      __builtin_prefetch(block.rows[j + kAhead] + (c + n * W) * Stored::kBytes);
+      value[n] = Stored::load(block.rows[j], c + n * W);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const T weight = weights[j * kPanelRows + r];
@@ -190,7 +199,7 @@ inline void with_rows(const AttentionParams& p, const Sequence& s, int64_t kv_he
   load_keys<T>(p, s, kv_head, x, first, block.keys, columns, width, rotated, staging);
   Block converted;
   converted.keys = block.keys;
-  for (int64_t j = 0; j < block.keys + kWidth<float>; ++j)
+  for (int64_t j = 0; j < block.keys + 2 * kAhead; ++j)
     converted.rows[j] = reinterpret_cast<const char*>(staging + smaller(j, block.keys - 1) * width);
   f(Plain<T>{}, converted, width);
 }
