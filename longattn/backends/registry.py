@@ -9,10 +9,11 @@ import torch
 from longattn.backends.base import Backend
 from longattn.backends.cpu import CpuBackend
 from longattn.backends.reference import ReferenceBackend
+from longattn.backends.triton.backend import TritonBackend
 from longattn.errors import InvalidInput, Unsupported
 from longattn.problem import Problem
 
-BACKENDS: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), ReferenceBackend())
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 _warned: set[str] = set()
 
