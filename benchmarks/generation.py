@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -28,7 +28,7 @@ from longattn.cache import Cache
 from longattn.evaluation import loss_in_short_windows
 from longattn.integrations.huggingface import from_hf
 from longattn.models import Decoder, GenerationConfig, make_caches
-from longattn.models import generate as generate_with
+from longattn.models import stream as stream_with
 from longattn.training.checkpoint import load_model
 
 _PAGE_SIZE = 64
@@ -136,40 +136,89 @@ def _read_stream(model: Decoder, ids: Tensor, positions: str, compared: int) -> 
         )
 
 
+class _Run(NamedTuple):
+    """One run of a generate loop, in seconds."""
+
+    tokens: list[int]
+    first: float  # until the first token
+    whole: float
+
+
 @main.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--gguf", help="The file in the folder, where the weights are one.")
 @click.option("--context", default=8192, show_default=True, help="Tokens, the new ones included.")
 @click.option("--new-tokens", default=64, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True)
 @click.option("--rounds", default=3, show_default=True)
-def huggingface(folder: Path, text: Path, gguf: str | None, context: int, new_tokens: int, rounds: int) -> None:
-    """The likeliest tokens after a long prompt: Hugging Face's generate with SDPA, and ours; in turn, in float32."""
+def huggingface(
+    folder: Path, text: Path, gguf: str | None, context: int, new_tokens: int, dtype: str, rounds: int
+) -> None:
+    """The likeliest tokens after a long prompt: Hugging Face's generate with SDPA, and ours; in turn."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.generation.streamers import BaseStreamer
 
     where: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, **where)
-    ours = from_hf(theirs)
+    ours = from_hf(theirs).to(getattr(torch, dtype))
+    theirs = theirs.to(getattr(torch, dtype))
     ids = tokenizer(text.read_text(encoding="utf-8"))["input_ids"][: context - new_tokens]
     prompt = torch.tensor([ids])
-    no_end: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
-    def by_theirs(count: int) -> list[int]:
-        found = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, **no_end)
-        return found[0, len(ids) :].tolist()
+    class Times(BaseStreamer):
+        """When tokens came; the prompt comes before them."""
 
-    def by_ours(count: int) -> list[int]:
-        return generate_with(ours, [ids], GenerationConfig(max_new_tokens=count))[0].tokens
+        def __init__(self) -> None:
+            self.at: list[float] = []
 
-    same = by_theirs(new_tokens) == by_ours(new_tokens)
-    click.echo(f"{len(ids):,} tokens of prompt, {new_tokens} new; the same tokens: {same}")
-    for name, count in (("whole loop", new_tokens), ("first token", 1)):
-        calls = [partial(by_theirs, count), partial(by_ours, count)]
-        them, us = in_turn(calls, make_clock("cpu"), rounds, math.inf)
-        ratio = statistics.median(t / u for t, u in zip(them, us, strict=True))
-        seconds = [statistics.median(samples) for samples in (them, us)]
-        click.echo(f"{name}: Hugging Face {seconds[0]:.2f} s, longattn {seconds[1]:.2f} s, {ratio:.2f} times as fast")
+        def put(self, value: Tensor) -> None:
+            self.at.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    def by_theirs(count: int) -> _Run:
+        times, start = Times(), time.perf_counter()
+        found = theirs.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            streamer=times,
+        )
+        return _Run(found[0, len(ids) :].tolist(), times.at[1] - start, time.perf_counter() - start)
+
+    def by_ours(count: int) -> _Run:
+        start = time.perf_counter()
+        pieces = stream_with(ours, [ids], GenerationConfig(max_new_tokens=count))
+        tokens, first = [next(pieces).token], time.perf_counter() - start
+        tokens += [piece.token for piece in pieces]
+        return _Run(tokens, first, time.perf_counter() - start)
+
+    runs: list[tuple[_Run, _Run]] = []
+    for number in range(rounds):
+        calls = (by_theirs, by_ours) if number % 2 == 0 else (by_ours, by_theirs)
+        found = {call: call(new_tokens) for call in calls}
+        runs.append((found[by_theirs], found[by_ours]))
+    them, us = runs[0]
+    equal = next((n for n, (t, u) in enumerate(zip(them.tokens, us.tokens, strict=True)) if t != u), new_tokens)
+    threads = torch.get_num_threads()
+    click.echo(f"{len(ids):,} tokens of prompt, {new_tokens} new, {dtype}, {threads} threads; medians of {rounds}")
+    click.echo(f"the same tokens: {equal} of {new_tokens}")
+    for name, of in (
+        ("whole loop", lambda run: run.whole),
+        ("first token", lambda run: run.first),
+        ("each more", lambda run: (run.whole - run.first) / max(1, new_tokens - 1)),
+    ):
+        seconds = [statistics.median(of(run) for run in side) for side in zip(*runs, strict=True)]
+        ratio = statistics.median(of(t) / of(u) for t, u in runs)
+        click.echo(
+            f"{name:>12}: Hugging Face {seconds[0]:.3f} s, longattn {seconds[1]:.3f} s, {ratio:.2f} times as fast"
+        )
 
 
 if __name__ == "__main__":

@@ -1,49 +1,71 @@
-"""Translate with an encoder-decoder: numbers in English words into digits.
+"""Translate with an encoder-decoder: numbers in English words into French ones.
 
-The parallel text is synthetic, so that it needs no download and every answer can be checked: "four hundred and seven"
-is 407. A tenth of the numbers from 100 on is never trained on.
+The parallel text is synthetic, so that it needs no download and every translation can be checked: "ninety one" is
+"quatre-vingt-onze". A tenth of the numbers from 100 on is never trained on.
 
     python examples/translate.py
 """
 
 from __future__ import annotations
 
+import argparse
+import random
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from longattn.models import EncoderDecoder, TransformerConfig
-from longattn.training import TrainingConfig, train
+from longattn.evaluation import bleu
+from longattn.models import EncoderDecoder, GenerationConfig, TransformerConfig, beam_search, decode_bytes
+from longattn.training import SequencePair, TrainingConfig, Translations, train
 
-ONES = (
+ENGLISH = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
 ).split()
-TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
-PAD, START, END = 0, 1, 2  # no text holds these bytes
-DIGITS = 4
+ENGLISH_TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
+FRENCH = (
+    "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize dix-sept dix-huit "
+    "dix-neuf"
+).split()
+FRENCH_TENS = "- - vingt trente quarante cinquante soixante soixante quatre-vingt quatre-vingt".split()
+START, END = 1, 2  # no text holds these bytes
+DIGITS = 6
 
 
-def words(number: int) -> str:
+def english(number: int) -> str:
     """A number below a million in English."""
     if number >= 1000:
         rest = number % 1000
         joint = " " if rest >= 100 else " and "
-        return f"{words(number // 1000)} thousand" + (joint + words(rest) if rest else "")
+        return f"{english(number // 1000)} thousand" + (joint + english(rest) if rest else "")
     if number >= 100:
-        return f"{ONES[number // 100]} hundred" + (f" and {words(number % 100)}" if number % 100 else "")
+        return f"{ENGLISH[number // 100]} hundred" + (f" and {english(number % 100)}" if number % 100 else "")
     if number >= 20:
-        return TENS[number // 10] + (f" {ONES[number % 10]}" if number % 10 else "")
-    return ONES[number]
+        return ENGLISH_TENS[number // 10] + (f" {ENGLISH[number % 10]}" if number % 10 else "")
+    return ENGLISH[number]
 
 
-def padded(texts: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-    """(tokens [B, N], lengths int32 [B])."""
-    lengths = torch.tensor([len(text) for text in texts], dtype=torch.int32)
-    width = int(lengths.max())
-    return torch.tensor([[*text, *[PAD] * (width - len(text))] for text in texts]), lengths
+def french(number: int, *, last: bool = True) -> str:
+    """A number below a million in French; `last`: no "mille" follows, so that "vingt" and "cent" have a plural."""
+    if number >= 1000:
+        thousands, rest = divmod(number, 1000)
+        before = "" if thousands == 1 else french(thousands, last=False) + " "
+        return f"{before}mille" + (" " + french(rest) if rest else "")
+    if number >= 100:
+        hundreds, rest = divmod(number, 100)
+        before = "" if hundreds == 1 else FRENCH[hundreds] + " "
+        plural = "s" if hundreds > 1 and not rest and last else ""
+        return f"{before}cent{plural}" + (" " + french(rest, last=last) if rest else "")
+    if number < 20:
+        return FRENCH[number]
+    tens, rest = divmod(number, 10)
+    if tens in (7, 9):  # sixty and ten to nineteen, four twenties and ten to nineteen
+        rest += 10
+    if number == 80:
+        return "quatre-vingts" if last else "quatre-vingt"
+    if not rest:
+        return FRENCH_TENS[tens]
+    return FRENCH_TENS[tens] + (" et " if rest in (1, 11) and tens < 8 else "-") + FRENCH[rest]
 
 
 def held_out(number: int) -> bool:
@@ -51,69 +73,51 @@ def held_out(number: int) -> bool:
     return number >= 100 and (number * 2_654_435_761 % 2**32) / 2**32 < 0.1
 
 
-class Numbers:
-    """Batches of numbers that are not held out, as many of each number of digits."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-
-    def batch(self, step: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(step)
-        return pairs(draw(self.batch_size, generator, wanted=False))
-
-    def describe(self) -> dict[str, Any]:
-        return {"digits": DIGITS, "batch_size": self.batch_size}
-
-
-def draw(count: int, generator: torch.Generator, *, wanted: bool) -> list[int]:
-    """Random numbers, held out if wanted, else not."""
+def draw(count: int, seed: int, *, wanted: bool) -> list[int]:
+    """Random numbers, as many of each number of digits; held out if wanted, else not."""
+    rng = random.Random(seed)
     numbers: list[int] = []
     while len(numbers) < count:
-        digits = int(torch.randint(1, DIGITS + 1, (1,), generator=generator))
-        number = int(torch.randint(10**digits, (1,), generator=generator))
+        number = rng.randrange(10 ** rng.randint(1, DIGITS))
         if held_out(number) == wanted:
             numbers.append(number)
     return numbers
 
 
-def pairs(numbers: Sequence[int]) -> dict[str, Tensor]:
-    """The arguments of `EncoderDecoder.loss`."""
-    source, source_lens = padded([words(number).encode() for number in numbers])
-    target, target_lens = padded([bytes([START]) + str(number).encode() + bytes([END]) for number in numbers])
-    targets = target[:, 1:].masked_fill(torch.arange(target.shape[1] - 1) >= target_lens[:, None] - 1, -100)
-    return {"source": source, "tokens": target[:, :-1], "targets": targets, "source_lens": source_lens}
+def translate(model: EncoderDecoder, texts: Sequence[str], limit: int = 100) -> list[str]:
+    """The best of a search by four beams for each text."""
+    config = GenerationConfig(max_new_tokens=limit, stop_tokens=[END])
+    sources = [list(text.encode()) for text in texts]
+    found = beam_search(model.eval(), [[START]] * len(texts), config, sources=sources, decode=decode_bytes, beams=4)
+    return [best[0].text or "" for best in found]
 
 
-@torch.no_grad()
-def translate(model: EncoderDecoder, texts: Sequence[str], limit: int = DIGITS + 1) -> list[str]:
-    """The likeliest next token each time, until all have ended."""
-    source, source_lens = padded([text.encode() for text in texts])
-    memory = model.encode(source, source_lens=source_lens)
-    tokens = torch.full((len(texts), 1), START)
-    for _ in range(limit):
-        hidden = model.decode(tokens, memory, source_lens=source_lens)[:, -1]
-        tokens = torch.cat((tokens, (hidden @ model.output_weight.T).argmax(-1, keepdim=True)), 1)
-        if (tokens == END).any(1).all():
-            break
-    return [bytes(row[1:].tolist()).split(bytes([END]))[0].decode("utf-8", "replace") for row in tokens]
+def main(
+    *, steps: int = 1000, batch_size: int = 64, dim: int = 128, examples: int = 50_000, unseen: int = 200
+) -> tuple[float, float]:
+    """Train, show some translations, and return the share of held-out numbers that come out right, and BLEU."""
+    numbers = draw(examples, seed=0, wanted=False)
+    pairs = [SequencePair(list(english(number).encode()), list(french(number).encode())) for number in numbers]
+    batches = Translations(pairs, start_id=START, end_id=END, batch_size=batch_size)
 
-
-def main(steps: int = 1500, batch_size: int = 64, dim: int = 64) -> float:
-    """Train, show some translations, and return the share of held-out numbers that come out right."""
     torch.manual_seed(0)
-    config = TransformerConfig.style("modern-transformer", dim=dim, layers=2, heads=4, max_length=64)
+    config = TransformerConfig.style("modern-transformer", dim=dim, layers=2, heads=dim // 32, max_length=128)
     model = EncoderDecoder(config)
     training = TrainingConfig(steps=steps, warmup=min(100, steps // 4), learning_rate=2e-3, weight_decay=0.01)
-    train(model, Numbers(batch_size), training, description="words to digits")
+    train(model, batches, training, description="English to French")
 
-    numbers = draw(200, torch.Generator().manual_seed(-1), wanted=True)
-    found = translate(model, [words(number) for number in numbers])
-    for number, text in list(zip(numbers, found, strict=True))[:8]:
-        print(f"{words(number):70} {text:>8}" + ("" if text == str(number) else f"   (should be {number})"))
-    right = sum(text == str(number) for number, text in zip(numbers, found, strict=True)) / len(numbers)
-    print(f"{right:.0%} of {len(numbers)} numbers that were never trained on are right.")
-    return right
+    tested = draw(unseen, seed=1, wanted=True)
+    found = translate(model, [english(number) for number in tested])
+    wanted = [french(number) for number in tested]
+    for number, text in list(zip(tested, found, strict=True))[:8]:
+        right = text == french(number)
+        print(f"{english(number)}: {text}" + ("" if right else f"   (should be {french(number)})"))
+    exact = sum(text == reference for text, reference in zip(found, wanted, strict=True)) / unseen
+    score = bleu(found, wanted)
+    print(f"{exact:.1%} of {unseen} numbers that were never trained on are right; BLEU {score:.1f}")
+    return exact, score
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

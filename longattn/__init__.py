@@ -17,6 +17,7 @@ from longattn.rope import Rope
 
 if TYPE_CHECKING:
     import longattn.compat as compat
+    import longattn.distributed as distributed
     import longattn.integrations as integrations
     import longattn.models as models
     import longattn.nn as nn
@@ -40,6 +41,7 @@ __all__ = [
     "attention_varlen",
     "attention_with_cache",
     "compat",
+    "distributed",
     "explain",
     "integrations",
     "merge_attention",
@@ -48,7 +50,7 @@ __all__ = [
     "scaling",
 ]
 
-_SUBPACKAGES = ("compat", "integrations", "models", "nn")
+_SUBPACKAGES = ("compat", "distributed", "integrations", "models", "nn")
 
 
 def __getattr__(name: str) -> Any:

@@ -61,8 +61,8 @@ def dense(
     mask = _mask(causal, window, sinks, align)
     dropout_p = _dropout(dropout_p)
     lo, hi = _bounds(bounds, batch, nq, q.device)
-    inv_freq, factor = _frequencies(rope, q, nk)
-    positions_q, positions_k = _positions(positions, rope, q.device, (batch,), nq, nk)
+    inv_freq, factor = frequencies(rope, q, nk)
+    positions_q, positions_k = rotated_positions(positions, rope, q.device, (batch,), nq, nk)
     if positions_k is not None and positions_q is None and offset is None and key_lens is None:
         _check_reach(mask, nq, nk)
     tensors = Tensors(
@@ -141,8 +141,8 @@ def packed(
         align = 0
     mask = _mask(causal, window, sinks, align)
     dropout_p = _dropout(dropout_p)
-    inv_freq, factor = _frequencies(rope, q, max_seqlen_k)
-    positions_q, positions_k = _positions(positions, rope, q.device, (), tq, tk)
+    inv_freq, factor = frequencies(rope, q, max_seqlen_k)
+    positions_q, positions_k = rotated_positions(positions, rope, q.device, (), tq, tk)
     tensors = Tensors(
         q,
         k,
@@ -227,7 +227,7 @@ def cached(
                 raise InvalidInput(name, "its default with a tree", _describe(unwanted))
         if rotation is not None and rotation.cos is not None:
             raise InvalidInput("tree", "None where keys rotate on reading", _describe(tree))
-        branches, depths = _tree(tree, batch, nq, device)
+        branches, depths = draft_tree(tree, batch, nq, device)
         before = torch.tensor([[n - new] for n, new in zip(after, counts, strict=True)], device=device)
         places = before + depths
         if mask.left is not None:
@@ -308,7 +308,7 @@ def rotation(x: Tensor, rope: Rope, positions: Tensor | None) -> tuple[Tensor, T
     while x.dim() < 4:
         x = x[None]
     n = x.shape[2]
-    inv_freq, factor = _frequencies(rope, x, n)
+    inv_freq, factor = frequencies(rope, x, n)
     assert inv_freq is not None
     if positions is None:
         return x, inv_freq, torch.arange(n, dtype=torch.float32, device=x.device), factor
@@ -485,7 +485,7 @@ def _cache_mask(causal: bool, window: Window, sinks: int | None, shape: CacheSha
     return mask
 
 
-def _tree(tree: object, batch: int, nq: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def draft_tree(tree: object, batch: int, nq: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ancestors (bool, the token itself included) and depths of drafts: [T, T] and [T], or [B, T, T] and [B, T]."""
     if isinstance(tree, Tensor):
         tree = _int_tensor("tree", tree, ((nq,), (batch, nq)), tree.device).tolist()
@@ -625,7 +625,8 @@ def _to_int32(x: Tensor) -> Tensor:
     return x.clamp(-_INT32_MAX, _INT32_MAX).to(torch.int32) if x.dtype == torch.int64 else x
 
 
-def _frequencies(rope: Rope | None, q: Tensor, length: int) -> tuple[Tensor | None, float]:
+def frequencies(rope: Rope | None, q: Tensor, length: int) -> tuple[Tensor | None, float]:
+    """(inv_freq, factor) of a context of so many tokens, for heads as wide as q's."""
     if rope is None:
         return None, 1.0
     if not isinstance(rope, Rope):
@@ -635,7 +636,7 @@ def _frequencies(rope: Rope | None, q: Tensor, length: int) -> tuple[Tensor | No
     return rope.frequencies(length, q.device)
 
 
-def _positions(
+def rotated_positions(
     positions: Positions, rope: Rope | None, device: torch.device, batch: tuple[int, ...], nq: int, nk: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """(for q or None, for k) as float32: the angle is a product of float32 numbers."""

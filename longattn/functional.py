@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn import arguments, ops
+from longattn import arguments, ops, redirection
 from longattn.arguments import Positions, Window
 from longattn.backends import registry
 from longattn.explanation import Explanation, explanation
@@ -76,6 +76,9 @@ def attention(
         InvalidInput: an argument breaks the contract.
         Unsupported: no backend, or not the named one, can run the call.
     """
+    elsewhere = redirection.target()
+    if elsewhere is not None:
+        return elsewhere.attention(q, k, v, **{name: value for name, value in locals().items() if name in _KEYWORDS})
     tensors, problem = arguments.dense(
         q,
         k,
@@ -148,6 +151,10 @@ def attention_varlen(
     Raises:
         InvalidInput, Unsupported: as `attention`; also cu_seqlens that decrease or exceed the tensors.
     """
+    elsewhere = redirection.target()
+    if elsewhere is not None:
+        keywords = {name: value for name, value in locals().items() if name in _KEYWORDS}
+        return elsewhere.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **keywords)
     tensors, problem = arguments.packed(
         q,
         k,
@@ -255,6 +262,7 @@ def explain(
     return explanation(*arguments.packed(q, k, v, *packed, **keywords), backend)
 
 
+_KEYWORDS = frozenset(attention.__kwdefaults__ or {})
 _DEFAULTS = {
     name: value for name, value in (attention.__kwdefaults__ or {}).items() if name not in ("return_lse", "backend")
 }

@@ -18,6 +18,7 @@ from longattn.arguments import Positions, Window
 from longattn.backends import eager
 from longattn.backends.base import Gradients
 from longattn.problem import Problem, Tensors
+from longattn.redirection import refuse_elsewhere
 from longattn.rope import Rope
 
 __all__ = ["AttentionStats", "attention_rows", "attention_stats"]
@@ -68,6 +69,7 @@ def attention_rows(
     Raises:
         InvalidInput: an argument breaks the contract.
     """
+    refuse_elsewhere("attention_rows")
     tensors, problem = arguments.weights(
         q,
         k,
@@ -133,6 +135,7 @@ def attention_stats(
     Raises:
         InvalidInput: an argument breaks the contract.
     """
+    refuse_elsewhere("attention_stats")
     tensors, problem = arguments.weights(
         q,
         k,

@@ -21,6 +21,7 @@ from longattn.errors import Unsupported
 from longattn.mask import Mask
 from longattn.problem import (
     CacheTensors,
+    Origin,
     Problem,
     Slots,
     Tensors,
@@ -33,7 +34,8 @@ _REQUIRED = ("q", "k", "v")
 _TENSORS = ", ".join(f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in Tensors._fields)
 _SCALARS = (
     "str backend, SymInt left, SymInt right, SymInt sinks, SymInt shift, bool from_end, float scale, float softcap, "
-    "float rope_factor, bool interleaved, float dropout_p, bool deterministic, SymInt max_seqlen_q, SymInt max_seqlen_k"
+    "float rope_factor, bool interleaved, float dropout_p, SymInt[] origin, bool deterministic, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
 _DIFFERENTIABLE = Gradients._fields  # arguments of `attention` that have gradients, by name
 _DIFFERENTIABLE_AT = tuple(Tensors._fields.index(name) for name in _DIFFERENTIABLE)
@@ -81,9 +83,29 @@ _library.define(
 
 def attention(tensors: Tensors, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """(out [B, Hq, Nq, Dv], lse [B, Hq, Nq]) on the named backend; differentiable."""
+    out, lse = torch.ops.longattn.attention.default(*tensors, *_scalars(problem, backend))
+    return out, lse
+
+
+def attention_backward(
+    tensors: Tensors,
+    problem: Problem,
+    backend: str,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    wanted: list[bool],
+) -> Gradients:
+    """The gradients that are wanted, in the order of Gradients; out and lse as in `Backend.backward`."""
+    call = (*tensors, *_scalars(problem, backend), out, lse, dout, dlse, wanted)
+    found = torch.ops.longattn.attention_backward.default(*call)
+    return Gradients(*(grad if flag else None for grad, flag in zip(found, wanted, strict=True)))
+
+
+def _scalars(problem: Problem, backend: str) -> tuple[Any, ...]:
     mask = problem.mask
-    out, lse = torch.ops.longattn.attention.default(
-        *tensors,
+    return (
         backend,
         -1 if mask.left is None else mask.left,
         -1 if mask.right is None else mask.right,
@@ -95,11 +117,11 @@ def attention(tensors: Tensors, problem: Problem, backend: str) -> tuple[Tensor,
         problem.rope_factor,
         problem.interleaved,
         problem.dropout_p,
+        problem.origin,
         problem.deterministic,
         problem.max_seqlen_q,
         problem.max_seqlen_k,
     )
-    return out, lse
 
 
 def cache_append(tensors: CacheTensors, slots: Slots, problem: Problem, backend: str) -> None:
@@ -192,6 +214,7 @@ def _unflatten(args: tuple[Any, ...]) -> tuple[Tensors, Problem, str]:
         rope_factor,
         interleaved,
         dropout_p,
+        origin,
         deterministic,
         max_seqlen_q,
         max_seqlen_k,
@@ -213,32 +236,33 @@ def _unflatten(args: tuple[Any, ...]) -> tuple[Tensors, Problem, str]:
         rope_factor=rope_factor,
         interleaved=interleaved,
         dropout_p=dropout_p,
+        origin=Origin(*origin),
         deterministic=deterministic,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
-        features=present_features(tensors, softcap, dropout_p),
+        features=present_features(tensors, softcap, dropout_p, Origin(*origin)),
     )
     return tensors, problem, backend
 
 
-def _empty_laid_out_as(x: Tensor, width: int) -> Tensor:
+def empty_laid_out_as(x: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor of x's shape but for the last dimension, its dimensions in memory in x's order."""
     batch, heads, tokens, _ = x.shape
     strides = x.stride()[:3]
     if strides[0] >= strides[1] >= strides[2]:
-        return x.new_empty((batch, heads, tokens, width))
+        return x.new_empty((batch, heads, tokens, width), dtype=dtype)
     order = sorted(range(3), key=lambda dim: -strides[dim])
-    return torch.empty_permuted((batch, heads, tokens, width), (*order, 3), dtype=x.dtype, device=x.device)
+    return torch.empty_permuted((batch, heads, tokens, width), (*order, 3), dtype=dtype or x.dtype, device=x.device)
 
 
 def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out = _empty_laid_out_as(q, v.shape[3])
+    out = empty_laid_out_as(q, v.shape[3])
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return out, torch.empty(q.shape[:3], dtype=lse_dtype, device=q.device)
 
 
 def _empty_gradients(tensors: Tensors, wanted: list[bool]) -> Gradients:
-    empty = [_empty_laid_out_as(x, x.shape[-1]) if flag else None for x, flag in zip(tensors[:3], wanted, strict=False)]
+    empty = [empty_laid_out_as(x, x.shape[-1]) if flag else None for x, flag in zip(tensors[:3], wanted, strict=False)]
     for name, flag in zip(_DIFFERENTIABLE[3:], wanted[3:], strict=True):
         x = getattr(tensors, name)
         empty.append(torch.empty(x.shape, dtype=x.dtype, device=x.device) if flag else None)
@@ -482,13 +506,13 @@ def _rope_impl(
 ) -> Tensor:
     if x.stride(-1) != 1 and x.shape[-1] != 1:
         x = x.contiguous()
-    out = _empty_laid_out_as(x, x.shape[-1])
+    out = empty_laid_out_as(x, x.shape[-1])
     registry.get(backend).rope(x, inv_freq, positions, factor, interleaved, inverse, out)
     return out
 
 
 def _rope_fake(x: Tensor, *_: Any) -> Tensor:
-    return _empty_laid_out_as(x, x.shape[-1])
+    return empty_laid_out_as(x, x.shape[-1])
 
 
 for _name, _impl, _fake, _function in (

@@ -83,6 +83,7 @@ FEATURES = (
     "sink_logits",
     "rope",
     "dropout",
+    "origin",
     "varlen",
     "cache",
     "ring",
@@ -90,6 +91,21 @@ FEATURES = (
     "tree",
     "rotate_on_read",
 )
+
+
+class Origin(NamedTuple):
+    """Where a call's first sequence, head, query and key stand in the attention that it is a block of.
+
+    Dropout counts from there. All else that a block needs to know of its place, its mask says.
+    """
+
+    sequence: int = 0
+    head: int = 0
+    query: int = 0
+    key: int = 0
+
+
+_WHOLE = Origin()
 
 
 class Problem(NamedTuple):
@@ -110,6 +126,7 @@ class Problem(NamedTuple):
     rope_factor: float = 1.0  # scales what the rotation returns
     interleaved: bool = False  # rotation pairs (2i, 2i + 1) in place of (i, i + dim / 2)
     dropout_p: float = 0.0
+    origin: Origin = _WHOLE
     deterministic: bool = False
     max_seqlen_q: int = 0  # of a packed sequence
     max_seqlen_k: int = 0
@@ -148,7 +165,7 @@ class Problem(NamedTuple):
         return "; ".join(parts)
 
 
-def present_features(tensors: Tensors, softcap: float, dropout_p: float) -> tuple[str, ...]:
+def present_features(tensors: Tensors, softcap: float, dropout_p: float, origin: Origin = _WHOLE) -> tuple[str, ...]:
     """The features that a call uses, of FEATURES."""
     used = (
         tensors.key_mask is not None,
@@ -160,6 +177,7 @@ def present_features(tensors: Tensors, softcap: float, dropout_p: float) -> tupl
         tensors.sink_logits is not None,
         tensors.inv_freq is not None,
         dropout_p > 0.0,
+        dropout_p > 0.0 and any(origin),
         tensors.cu_seqlens_q is not None,
     )
     return tuple(compress(FEATURES, used))

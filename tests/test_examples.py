@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import longattn
+from longattn.training import stdlib_files
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -25,18 +26,90 @@ def test_existing_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(1, 8192, 64)" in out
 
 
+@pytest.fixture(scope="module")
+def sources() -> list[Path]:
+    """Some small files of the standard library, of several packages."""
+    some = [file for file in stdlib_files() if file.parent.name in ("email", "json", "asyncio")]
+    return [file for file in some if file.stat().st_size < 20_000]
+
+
+def test_a_gpt_and_its_student(sources: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tokenizers")
+    gpt = runpy.run_path(str(EXAMPLES / "pretrain_gpt.py"))["main"]
+    assert 4 < gpt(tmp_path, files=sources, steps=3, vocab_size=300, dim=64, layers=1, tokens=256) < 7
+    assert "held out: " in (out := capsys.readouterr().out) and "def __init__(self, " in out
+    losses = runpy.run_path(str(EXAMPLES / "distil.py"))["main"](
+        tmp_path, steps=2, dim=64, layers=1, tokens=256, batches=2
+    )
+    assert losses.keys() == {"teacher", "student alone", "student with teacher"}
+    assert losses["student alone"] != losses["student with teacher"]
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_a_bert_and_what_starts_from_it(
+    sources: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("sklearn")
+    bert = runpy.run_path(str(EXAMPLES / "pretrain_bert.py"))["main"]
+    found = bert(tmp_path, files=sources, steps=2, vocab_size=400, dim=32, layers=1, batch_size=4)
+    assert all(0.0 <= share <= 1.0 for share in found)
+    classify = runpy.run_path(str(EXAMPLES / "classify.py"))
+    names = classify["packages"](sources)
+    assert set(names) <= {"email", "json", "asyncio"} and len(names) >= 2
+    assert all(not set(first) & set(second) for first, second in names.values())
+    for start in (tmp_path, None):
+        right, macro = classify["main"](start, files=sources, steps=2, batch_size=4, dim=32, layers=1)
+        assert 0.0 <= right <= 1.0 and 0.0 <= macro <= 1.0
+    embed = runpy.run_path(str(EXAMPLES / "embed.py"))
+    (tmp_path / "add.py").write_text('def add(a, b):\n    """The sum of two numbers.\n\n    More."""\n    return a+b\n')
+    [pair] = embed["documented_functions"]([tmp_path / "add.py"])
+    assert pair == ("The sum of two numbers.", "def add(a, b):\n    return a + b")
+    assert 0.0 <= embed["main"](tmp_path, files=sources, steps=2, batch_size=4) <= 1.0
+    assert capsys.readouterr().out.count("held out") >= 4
+
+
+def test_tag(sources: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    example = runpy.run_path(str(EXAMPLES / "tag.py"))
+    kinds = [example["KINDS"][kind] for kind in example["kinds"]("if x: # no\n  'a'+1\n")]
+    places = {
+        0: "keyword",
+        2: "space",
+        3: "name",
+        4: "operator",
+        6: "comment",
+        13: "string",
+        16: "operator",
+        17: "number",
+    }
+    assert {place: kinds[place] for place in places} == places and len(kinds) == 19
+    right, macro = example["main"](files=sources, steps=2, batch_size=2, dim=32, layers=2, examples=20)
+    assert 0.0 <= right <= 1.0 and 0.0 <= macro <= 1.0
+    assert "\033[0m" in capsys.readouterr().out
+
+
 def test_translate(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sacrebleu")
     example = runpy.run_path(str(EXAMPLES / "translate.py"))
-    assert example["words"](407_021) == "four hundred and seven thousand and twenty one"
-    assert example["words"](15_300) == "fifteen thousand three hundred"
-    batch = example["pairs"]([7, 40])
-    assert bytes(batch["source"][1, :5].tolist()) == b"forty" and batch["source_lens"].tolist() == [5, 5]
-    assert batch["tokens"].tolist() == [[1, 55, 2], [1, 52, 48]] and batch["targets"].tolist() == [
-        [55, 2, -100],
-        [52, 48, 2],
+    english, french = example["english"], example["french"]
+    assert english(407_021) == "four hundred and seven thousand and twenty one"
+    assert english(15_300) == "fifteen thousand three hundred"
+    assert [french(number) for number in (21, 71, 80, 81, 99, 200, 201, 1000, 80_080)] == [
+        "vingt et un",
+        "soixante et onze",
+        "quatre-vingts",
+        "quatre-vingt-un",
+        "quatre-vingt-dix-neuf",
+        "deux cents",
+        "deux cent un",
+        "mille",
+        "quatre-vingt mille quatre-vingts",
     ]
-    assert 0.0 <= example["main"](steps=3, batch_size=4, dim=32) <= 1.0
-    assert "of 200 numbers" in capsys.readouterr().out
+    assert not set(example["draw"](300, 0, wanted=False)) & set(example["draw"](300, 1, wanted=True))
+    exact, score = example["main"](steps=2, batch_size=4, dim=32, examples=50, unseen=8)
+    assert 0.0 <= exact <= 1.0 and 0.0 <= score <= 100.0
+    assert "of 8 numbers" in capsys.readouterr().out
 
 
 def test_attention_maps(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ LAYERS = (
     ("nn", "distributed"),
     ("cache",),
     ("functional", "inspect"),
-    ("arguments", "explanation"),
+    ("arguments", "explanation", "redirection"),
     ("ops",),
     ("backends.registry", "batching"),
     ("backends.cpu", "backends.triton", "backends.reference"),
@@ -38,9 +38,9 @@ LAYERS = (
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 FACADES = ("longattn", "longattn.__main__")
 
-# Loaded on first use, inside a function; only the command line, and the kernels, may
-# import their own toolkits outright.
-HEAVY = {"click", "gguf", "matplotlib", "rich", "safetensors", "tokenizers", "tqdm", "transformers", "triton"}
+# Loaded on first use, inside a function; only the command line and the kernels may import their own toolkits outright.
+HEAVY = {"click", "gguf", "matplotlib", "rich", "sacrebleu", "safetensors", "sklearn", "tokenizers", "tqdm"}
+HEAVY |= {"transformers", "triton"}
 OPENLY = {"cli": {"click", "rich"}, "backends.triton": {"triton"}}
 
 # torch.library has one user, so that schemas, fakes and autograd stand in one place.

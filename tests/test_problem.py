@@ -12,7 +12,7 @@ import torch
 import longattn
 from helpers import random_packed, random_qkv
 from longattn import Mask, Rope, arguments
-from longattn.problem import FEATURES, Problem, Tensors, present_features
+from longattn.problem import FEATURES, Origin, Problem, Tensors, present_features
 
 DEFAULTS = {
     name: parameter.default
@@ -75,6 +75,12 @@ def test_features(feature: str) -> None:
     tensors, problem = dense(*random_qkv(2, (4, 2), (5, 7), 8), **GIVEN[feature])
     assert problem.features == (feature,)
     assert present_features(tensors, problem.softcap, problem.dropout_p) == (feature,)
+
+
+def test_an_origin_counts_where_dropout_does() -> None:
+    tensors, _ = dense(*random_qkv(2, (4, 2), (5, 7), 8))
+    assert present_features(tensors, 0.0, 0.1, Origin(key=8)) == ("dropout", "origin")
+    assert present_features(tensors, 0.0, 0.0, Origin(key=8)) == ()
 
 
 def test_features_keep_their_order() -> None:

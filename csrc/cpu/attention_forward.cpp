@@ -13,18 +13,22 @@ namespace {
 
 // With fewer tiles than this (decoding: few queries, many keys) each is cut along its keys, and the pieces are merged.
 constexpr int64_t kEnoughTiles = 64;
-constexpr int64_t kPieceKeys = 512;  // at least, of a piece
+// A piece has at least so many keys for each row of its tile, within limits: its result is written and read once more.
+constexpr int64_t kKeysPerRow = 16, kFewestKeys = 512, kMostKeys = 4096;
 
 // Pieces per tile: from shapes alone, so that results do not depend on the number of threads.
 int64_t pieces_per_tile(const AttentionParams& p, const std::vector<QueryTile>& tiles) {
   const int64_t count = static_cast<int64_t>(tiles.size());
   if (count == 0 || count > kEnoughTiles) return 1;
-  int64_t most = 0;
+  int64_t keys = 0, queries = 0;  // the most of a tile
   for (const QueryTile& tile : tiles) {
-    const KeyRange keys = keys_of(p, tile);
-    most = std::max(most, keys.stop - keys.start);
+    const KeyRange range = keys_of(p, tile);
+    keys = std::max(keys, range.stop - range.start);
+    queries = std::max(queries, tile.queries);
   }
-  return std::max<int64_t>(1, std::min(most / kPieceKeys, kEnoughTiles / count));
+  const int64_t rows = queries * (p.q_heads / p.kv_heads);
+  const int64_t piece_keys = std::clamp(rows * kKeysPerRow, kFewestKeys, kMostKeys);
+  return std::max<int64_t>(1, std::min(keys / piece_keys, kEnoughTiles / count));
 }
 
 // The piece of a tile's keys, cut at whole blocks; the first takes the sinks.

@@ -52,7 +52,8 @@ class Backend(ABC):
         """Fill the tensors of `grads`; None where a gradient is not needed.
 
         Args:
-            out, lse: what `forward` gave.
+            out, lse: what `forward` gave; or of an attention that this call is a block of, the results over all its
+                keys: the gradients are then the block's part of those of the whole.
             dout: the gradient of out, unit stride in Dv; dlse: that of lse, or None for zero.
         """
 

@@ -157,6 +157,7 @@ def _params(problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> tup
     params.sinks, params.offset, params.from_end = mask.sinks, mask.offset, mask.from_end
     params.scale, params.softcap, params.dropout_p = problem.scale, problem.softcap, problem.dropout_p
     params.threads = torch.get_num_threads()
+    params.first_sequence, params.first_head, params.first_query, params.first_key = problem.origin
     keep = []
     for name, x in (
         ("offsets", tensors.offset),

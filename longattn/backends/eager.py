@@ -3,7 +3,8 @@
 A tile meets only the keys that its mask can show it, so time follows visible pairs, and memory the longer of the
 sequences. The reference backend is this in float64; every backend's second derivative is this in the dtype of its sums.
 
-With P = exp(s - lse), W = dropout(dout v^T) and delta_i = sum_j P_ij W_ij - dlse_i, the gradient of the scores is
+With P = exp(s - lse), W = dropout(dout v^T) and delta_i = sum_j P_ij W_ij - dlse_i = <dout_i, out_i> - dlse_i, the
+gradient of the scores is
 
     ds = P * (W - delta)
 
@@ -50,6 +51,8 @@ def forward(problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor, dtype:
 def backward(
     problem: Problem,
     tensors: Tensors,
+    out: Tensor,
+    lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
     grads: Gradients,
@@ -59,7 +62,7 @@ def backward(
     sums = _zeros_for(grads, dtype)
     with _bitwise(problem):
         for part in parts(problem, tensors, dtype):
-            part.add_gradients(sums, dout, dlse)
+            part.add_gradients(sums, out, lse, dout, dlse)
     _copy(sums, grads)
 
 
@@ -193,7 +196,8 @@ class Part:
         """The slopes [Hq] that all sequences share, or the rows of this part's out of [B, Hq]."""
         return slopes if slopes.dim() == 1 else slopes[self.first : self.first + self.sequences]
 
-    def tiles(self) -> Iterator[Tile]:
+    def tiles(self, lse: Tensor | None = None) -> Iterator[Tile]:
+        """The tiles of all rows. lse: that of all keys, [B, Hq, Nq], where these are but some of them."""
         mask = self.problem.mask
         height, width = self.lq, self.lk
         if mask.left is not None and mask.right is not None:
@@ -206,14 +210,17 @@ class Part:
             rows = slice(start, min(start + height, self.lq))
             seen = mask.kv_range(self.lowest + rows.start, self.highest + rows.stop - 1, self.lk)
             ranges = [slice(0, seen.sinks), slice(seen.start, seen.stop)]
-            yield Tile(self, rows, [keys for keys in ranges if keys.start < keys.stop] or [slice(0, 0)])
+            seen_ranges = [keys for keys in ranges if keys.start < keys.stop] or [slice(0, 0)]
+            yield Tile(self, rows, seen_ranges, None if lse is None else self.rows_of(lse, rows).to(self.dtype))
 
-    def add_gradients(self, sums: Gradients, dout: Tensor, dlse: Tensor | None) -> None:
+    def add_gradients(self, sums: Gradients, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> None:
         dq, dk, dv = torch.zeros_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v)
-        for tile in self.tiles():
+        for tile in self.tiles(lse):
             dout_rows = self.rows_of(dout, tile.rows).to(self.dtype)
             dweights = tile.drop(dout_rows @ tile.v.mT)
-            delta = tile.delta(dweights, dlse)
+            delta = (dout_rows * self.rows_of(out, tile.rows).to(self.dtype)).sum(-1)
+            if dlse is not None:
+                delta = delta - self.rows_of(dlse, tile.rows)
             dscores = tile.visible(tile.weights * (dweights - delta[..., None]))
             tile.add_to_scores(sums, dscores)
             if sums.sink_logits is not None:
@@ -297,7 +304,7 @@ class Part:
 class Tile:
     """Query rows against the ranges of keys that they can see: [B, Hq, rows, keys] or, without keys, [B, Hq, rows]."""
 
-    def __init__(self, part: Part, rows: slice | Tensor, ranges: Sequence[slice]) -> None:
+    def __init__(self, part: Part, rows: slice | Tensor, ranges: Sequence[slice], lse: Tensor | None = None) -> None:
         self.part, self.rows, self.ranges = part, rows, ranges
         problem, tensors = part.problem, part.tensors
         self.q = part.q[:, :, rows]
@@ -335,16 +342,19 @@ class Tile:
                 scores = scores + bias.to(part.dtype)
         self.scores = scores = scores.masked_fill(~allowed, -torch.inf)
 
-        self.lse = torch.logsumexp(scores, -1)
-        if not scores.shape[-1]:
-            self.lse = torch.full_like(self.lse, -torch.inf)
-        if tensors.sink_logits is not None:
-            sinks = tensors.sink_logits.to(part.dtype)[:, None]
-            self.lse = torch.logaddexp(self.lse, sinks)
+        sinks = None if tensors.sink_logits is None else tensors.sink_logits.to(part.dtype)[:, None]
+        self.lse = self._lse(sinks) if lse is None else lse
         shift = torch.where(self.lse == -torch.inf, 0.0, self.lse)
         self.weights = torch.exp(scores - shift[..., None])
-        self.sink = torch.zeros_like(shift) if tensors.sink_logits is None else torch.exp(sinks - shift)  # its weight
+        self.sink = torch.zeros_like(shift) if sinks is None else torch.exp(sinks - shift)  # its weight
         self.keep = self._dropout() if problem.dropout_p else None  # the multiplier of each weight
+
+    def _lse(self, sinks: Tensor | None) -> Tensor:
+        if self.scores.shape[-1]:
+            lse = torch.logsumexp(self.scores, -1)
+        else:
+            lse = self.scores.new_full(self.scores.shape[:-1], -torch.inf)
+        return lse if sinks is None else torch.logaddexp(lse, sinks)
 
     def keys(self) -> Tensor:
         """Which key stands in which column: int64 [keys]."""
@@ -417,10 +427,12 @@ class Tile:
     def _dropout(self) -> Tensor:
         part, problem, seed = self.part, self.part.problem, self.part.tensors.seed
         assert seed is not None
-        b = torch.arange(part.first, part.first + part.sequences, device=part.device)
-        h = torch.arange(problem.q_heads, device=part.device)
-        i = torch.arange(part.lq, device=part.device)[self.rows]
-        bits = _join([uniform_bits(seed, b[:, None, None], h[:, None], i, keys) for keys in self.ranges], 3)
+        origin, device = problem.origin, part.device
+        b = origin.sequence + part.first + torch.arange(part.sequences, device=device)
+        h = origin.head + torch.arange(problem.q_heads, device=device)
+        i = origin.query + torch.arange(part.lq, device=device)[self.rows]
+        counted = [slice(origin.key + keys.start, origin.key + keys.stop) for keys in self.ranges]
+        bits = _join([uniform_bits(seed, b[:, None, None], h[:, None], i, keys) for keys in counted], 3)
         keep = bits >= round(problem.dropout_p * 2**32)
         return keep.to(part.dtype) / (1.0 - problem.dropout_p)
 

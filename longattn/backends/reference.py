@@ -36,7 +36,7 @@ class ReferenceBackend(Backend):
         dlse: Tensor | None,
         grads: Gradients,
     ) -> None:
-        eager.backward(problem, tensors, dout, dlse, grads, torch.float64)
+        eager.backward(problem, tensors, out, lse, dout, dlse, grads, torch.float64)
 
     def append(self, problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
         eager_cache.append(problem, tensors, slots)

@@ -80,6 +80,20 @@ class Cache(ABC):
         """Tokens that each sequence has seen, 0 for one given back."""
         return tuple(self._lengths)
 
+    def next_positions(
+        self, new: int, *, sequences: Sequence[int] | None = None, tree: Tensor | Sequence[int] | None = None
+    ) -> Tensor:
+        """Where `new` more tokens of these sequences will stand, int64 [B, new]: for embeddings of positions.
+
+        Args:
+            sequences, tree: as in `attention_with_cache`.
+        """
+        rows = self._rows(sequences)
+        starts = torch.tensor([self._lengths[row] for row in rows], device=self.device)
+        if tree is None:
+            return starts[:, None] + torch.arange(new, device=self.device)
+        return starts[:, None] + arguments.draft_tree(tree, len(rows), new, self.device)[1]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the slots."""

@@ -11,6 +11,7 @@ from longattn.arguments import Window
 from longattn.backends import registry
 from longattn.cache.base import Cache, Room
 from longattn.errors import InvalidInput
+from longattn.redirection import refuse_elsewhere
 from longattn.rope import Rope
 
 
@@ -67,6 +68,7 @@ def attention_with_cache(
         Unsupported: no backend, or not the named one, can run the call.
         After any exception the cache is as it was.
     """
+    refuse_elsewhere("attention_with_cache")
     if not isinstance(cache, Cache):
         raise InvalidInput("cache", "a KVCache, SlidingKVCache or PagedKVCache", type(cache).__name__)
     arguments.flag("return_lse", return_lse)

@@ -1,4 +1,4 @@
-"""The command line: longattn info | explain | train | generate | demo | bench."""
+"""The command line: longattn info, explain, tokenizer, train, fine-tune, predict, generate, plan, demo, bench."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from longattn._version import __version__
-from longattn.cli import bench, demo, explain, generate, info, train
+from longattn.cli import bench, demo, explain, fine_tune, generate, info, plan, predict, tokenizer, train
 from longattn.errors import InvalidInput, Unsupported
 
 __all__ = ["main"]
@@ -29,5 +29,16 @@ def main() -> None:
     """Exact attention over long contexts for PyTorch."""
 
 
-for command in (info.info, explain.explain, train.train, generate.generate, demo.demo, bench.bench):
+for command in (
+    info.info,
+    explain.explain,
+    tokenizer.tokenizer,
+    train.train,
+    fine_tune.fine_tune,
+    predict.predict,
+    generate.generate,
+    plan.plan,
+    demo.demo,
+    bench.bench,
+):
     main.add_command(command)

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
+from longattn.cli.card import read_card
 from longattn.errors import InvalidInput
 from longattn.integrations.huggingface import load_pretrained
 from longattn.models import Decoder, GenerationConfig, Sampling, beam_search, decode_bytes, stream
@@ -91,7 +92,7 @@ def generate(
 ) -> None:
     """Go on from PROMPTS with the model of CHECKPOINT.
 
-    CHECKPOINT is a file that `longattn train` saved, over bytes, or a folder of a Llama-style model with its tokenizer
+    CHECKPOINT is a file that `longattn train` saved, or a folder of a Llama-style model with its tokenizer
     (needs transformers). One text on a terminal is shown as it comes, and several, or into a file, when all is done.
     """
     texts = [*prompts, *(file.read_text(encoding="utf-8") for file in files)]
@@ -153,6 +154,9 @@ def _load(checkpoint: Path, dtype: str, device: str) -> tuple[Decoder, _Tokenize
         )
     else:
         model = load_model(checkpoint)
+        card = read_card(checkpoint)
+        if card is not None and card.tokenizer is not None:
+            return model.to(device, getattr(torch, dtype)), _Tokenizer(card.tokenizer.encode, card.tokenizer.decode, ())
         if model.config.vocab_size != 256:
             raise InvalidInput("CHECKPOINT", "a model over 256 bytes, or a folder", model.config.vocab_size)
         tokenizer = _Tokenizer(lambda text: list(text.encode()), decode_bytes, ())

@@ -4,6 +4,7 @@ from longattn.models.blocks import Block, FeedForward, SwiGLU
 from longattn.models.build import build
 from longattn.models.config import STYLES, TransformerConfig
 from longattn.models.decoder import Decoder
+from longattn.models.distillation import Distillation
 from longattn.models.encoder import Encoder
 from longattn.models.encoder_decoder import EncoderDecoder
 from longattn.models.generation import (
@@ -34,6 +35,7 @@ __all__ = [
     "Beam",
     "Block",
     "Decoder",
+    "Distillation",
     "Encoder",
     "EncoderDecoder",
     "FeedForward",

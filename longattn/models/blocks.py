@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from longattn.cache import Cache
 from longattn.errors import InvalidInput
 from longattn.models.config import TransformerConfig
+from longattn.models.precision import product_dtype
 from longattn.nn import Attention
 
 __all__ = ["Block", "FeedForward", "SwiGLU", "make_norm"]
@@ -120,6 +121,7 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: Cache | None = None,
+        memory_cache: Cache | None = None,
         lengths: Tensor | Sequence[int] | None = None,
         sequences: Sequence[int] | None = None,
         tree: Tensor | Sequence[int] | None = None,
@@ -128,6 +130,7 @@ class Block(nn.Module):
 
         Args:
             memory: [B, M, C], for the cross-attention; memory_mask and memory_lens: its key_mask and key_lens.
+            memory_cache: that remembers it, in place of memory.
             key_mask, key_lens, cu_seqlens, max_seqlen, cache, lengths, sequences, tree: of the self-attention, as in
                 `longattn.nn.Attention`.
         """
@@ -144,7 +147,12 @@ class Block(nn.Module):
         )
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             inner = self._before(x, self.cross_attention_norm)
-            attended = self.cross_attention(inner, context=memory, key_mask=memory_mask, key_lens=memory_lens)
+            if memory_cache is None:
+                attended = self.cross_attention(inner, context=memory, key_mask=memory_mask, key_lens=memory_lens)
+            else:
+                attended = self.cross_attention(
+                    inner, cache=memory_cache, append=False, lengths=lengths, sequences=sequences
+                )
             x = self._add(x, attended, self.cross_attention_norm)
         return self._add(x, self.feed_forward(self._before(x, self.feed_forward_norm)), self.feed_forward_norm)
 
@@ -178,7 +186,8 @@ class Block(nn.Module):
         return self._add(x, attended, self.attention_norm)
 
     def _before(self, x: Tensor, norm: nn.Module) -> Tensor:
-        return norm(x) if self.norm_first else x
+        x = norm(x) if self.norm_first else x
+        return x.to(product_dtype(x))
 
     def _add(self, x: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
         x = x + self.dropout(update)

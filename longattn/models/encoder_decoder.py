@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longattn.cache import Cache
 from longattn.errors import InvalidInput
 from longattn.models.config import ENCODER_DECODER, TransformerConfig
 from longattn.models.losses import chunked_cross_entropy
@@ -84,17 +85,61 @@ class EncoderDecoder(nn.Module):
     def decode(
         self,
         tokens: Tensor,
-        memory: Tensor,
+        memory: Tensor | None = None,
         *,
         source_mask: Tensor | None = None,
         source_lens: Tensor | None = None,
+        caches: Sequence[Cache] | None = None,
+        memory_caches: Sequence[Cache] | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
     ) -> Tensor:
-        """The decoder's hidden states [B, N, C], given a memory; arguments as `forward`."""
+        """The decoder's hidden states [B, N, C], given a memory; arguments as `forward`.
+
+        Args:
+            memory: [B, M, C]; None with memory_caches, that remember it.
+            caches: of the decoder's self-attention, one a layer: the tokens continue what was read before.
+            memory_caches: one a layer (see `remember`), with caches.
+            lengths, sequences: with caches, as in `longattn.attention_with_cache`.
+        """
         check_ids("tokens", tokens, self.config.vocab_size)
+        if (caches is None) != (memory_caches is None):
+            raise InvalidInput("memory_caches", "some exactly with caches", "None" if caches else "caches")
+        if memory_caches is not None:
+            for name, x in (("memory", memory), ("source_mask", source_mask), ("source_lens", source_lens)):
+                if x is not None:
+                    raise InvalidInput(name, "None with memory_caches", "a tensor")
+            return self.decoder.run(
+                self.embedding(tokens),
+                caches=caches,
+                memory_caches=memory_caches,
+                lengths=lengths,
+                sequences=sequences,
+            )
+        for name, value in (("lengths", lengths), ("sequences", sequences)):
+            if value is not None:
+                raise InvalidInput(name, "None without caches", type(value).__name__)
+        expected = f"[{tokens.shape[0]}, M, {self.config.dim}]"
+        if memory is None:
+            raise InvalidInput("memory", expected, None)
         if memory.dim() != 3 or memory.shape[0] != tokens.shape[0] or memory.shape[2] != self.config.dim:
-            expected = f"[{tokens.shape[0]}, M, {self.config.dim}]"
             raise InvalidInput("memory", expected, f"shape {tuple(memory.shape)}")
         return self.decoder.run(self.embedding(tokens), memory=memory, memory_mask=source_mask, memory_lens=source_lens)
+
+    def remember(
+        self,
+        memory: Tensor,
+        memory_caches: Sequence[Cache],
+        *,
+        source_lens: Tensor | Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+    ) -> None:
+        """Append what the decoder's layers attend to of a memory [B, M, C] to caches, one a layer.
+
+        Args:
+            source_lens: tokens of each source, M by default; sequences: of the caches, all in order by default.
+        """
+        self.decoder.remember(memory, memory_caches, lengths=source_lens, sequences=sequences)
 
     def loss(
         self,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from longattn.errors import InvalidInput
+from longattn.models.precision import product_dtype
 from longattn.scaling import finite_number
 
 __all__ = [
@@ -33,7 +37,9 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """The cross-entropy of hidden @ weight.T + bias, a chunk of tokens at a time, forward and backward.
 
-    The backward computes each chunk's logits again (Chen et al., Sublinear Memory Cost, arXiv 1604.06174).
+    The gradients of a mean are made beside each chunk's loss, while its logits are there (Hsu et al., Liger Kernel,
+    arXiv 2410.10989, section 3.2); it has no second derivative. Of reduction "none" the backward computes each chunk's
+    logits again (Chen et al., Sublinear Memory Cost, arXiv 1604.06174).
 
     Args:
         hidden: [..., C], floating; commonly [B, N, C].
@@ -55,6 +61,8 @@ def chunked_cross_entropy(
         raise InvalidInput("reduction", "'mean' or 'none'", repr(reduction))
     _check_chunk(chunk)
     _check_targets(targets, weight.shape[0])
+    if reduction == "mean":
+        return _MeanCrossEntropy.apply(hidden, weight, bias, targets, chunk)
 
     # split, not slices: the gradients of its parts are joined once, in place of one full-length sum a chunk.
     hidden_chunks = hidden.reshape(-1, hidden.shape[-1]).split(chunk)
@@ -62,10 +70,59 @@ def chunked_cross_entropy(
     losses = []
     for tokens, wanted in zip(hidden_chunks, target_chunks, strict=True):
         losses.append(checkpoint(_token_losses, tokens, weight, bias, wanted, use_reentrant=False))
-    token_losses = torch.cat(losses).view(targets.shape)
-    if reduction == "none":
-        return token_losses
-    return token_losses.sum() / (targets != IGNORED).sum().clamp(min=1)
+    return torch.cat(losses).view(targets.shape)
+
+
+class _MeanCrossEntropy(torch.autograd.Function):
+    """A mean's gradients differ from those of its tokens' losses by one factor, which is known before the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
+        dtype, exact = product_dtype(hidden), torch.promote_types(hidden.dtype, torch.float32)
+        rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.flatten()
+        counted = wanted != IGNORED
+        share = 1.0 / counted.sum().clamp(min=1).to(exact)
+        projection = weight.to(dtype)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        hidden_grad = torch.empty_like(rows) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=exact) if needs_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=exact) if needs_bias and bias is not None else None
+        total = rows.new_zeros((), dtype=exact)
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            x, counts = rows[part].to(dtype), counted[part, None]
+            logits = F.linear(x, projection, None if bias is None else bias.to(dtype))
+            scores = torch.log_softmax(logits, -1, dtype=exact)
+            index = wanted[part, None].clamp(min=0)
+            total -= (scores.gather(-1, index) * counts).sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            # d mean / d logits = (softmax - one-hot) / count
+            scores.exp_().scatter_add_(-1, index, scores.new_full((), -1.0).expand_as(index)).mul_(counts * share)
+            if bias_grad is not None:
+                bias_grad += scores.sum(0)
+            by_logits = scores.to(dtype)
+            if hidden_grad is not None:
+                hidden_grad[part] = by_logits @ projection
+            if weight_grad is not None:
+                weight_grad += by_logits.T @ x
+        grads = (hidden_grad, weight_grad, bias_grad)
+        ctx.save_for_backward(*grads)
+        ctx.like = hidden.shape, weight.dtype, None if bias is None else bias.dtype
+        return total * share
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        by_hidden, by_weight, by_bias = ctx.saved_tensors
+        shape, weight_dtype, bias_dtype = ctx.like
+        return (
+            None if by_hidden is None else (by_hidden * grad).view(shape),
+            None if by_weight is None else (by_weight * grad).to(weight_dtype),
+            None if by_bias is None else (by_bias * grad).to(bias_dtype),
+            None,
+            None,
+        )
 
 
 def chunked_distillation(

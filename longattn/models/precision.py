@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-__all__ = ["autocast", "matmul_dtype"]
+__all__ = ["autocast", "matmul_dtype", "product_dtype"]
 
 
 def matmul_dtype(device: torch.device | str) -> torch.dtype:
@@ -23,3 +24,14 @@ def matmul_dtype(device: torch.device | str) -> torch.dtype:
 def autocast(device: torch.device | str, dtype: torch.dtype) -> torch.autocast:
     """Autocast to `dtype` on a device; of no effect for float32, the dtype of the weights."""
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a product of x with weights runs in: autocast's dtype where that is on, else x's own.
+
+    What several products read is cast to it once; autocast would cast it for each.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype

@@ -12,11 +12,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from longattn.arguments import new_lengths
 from longattn.cache import Cache
 from longattn.errors import InvalidInput
 from longattn.models.blocks import Block, make_norm
 from longattn.models.config import TransformerConfig
+from longattn.redirection import token_places, whole_length
 
 __all__ = ["Stack", "check_ids", "draw_weights", "sinusoids"]
 
@@ -31,7 +34,13 @@ class Stack(nn.Module):
         config: of the model.
         layers: how many blocks.
         causal, cross_attention: of each `Block`.
+
+    Attributes:
+        recompute: keep each block's input only, and compute the block again in the backward (Chen et al., Sublinear
+            Memory Cost, arXiv 1604.06174); off by default.
     """
+
+    recompute = False
 
     def __init__(self, config: TransformerConfig, layers: int, *, causal: bool, cross_attention: bool = False) -> None:
         super().__init__()
@@ -47,29 +56,64 @@ class Stack(nn.Module):
         self.norm: nn.Module = make_norm(config) if config.norm_first else nn.Identity()
 
     def run(
-        self, x: Tensor, *, token_types: Tensor | None = None, caches: Sequence[Cache] | None = None, **attention: Any
+        self,
+        x: Tensor,
+        *,
+        token_types: Tensor | None = None,
+        caches: Sequence[Cache] | None = None,
+        memory_caches: Sequence[Cache] | None = None,
+        **attention: Any,
     ) -> Tensor:
         """The output of the last block, normalised: [B, N, C], or [T, C] if packed.
 
         Args:
             x: token embeddings [B, N, C]; with cu_seqlens [T, C].
             token_types: int, x's shape without C; all 0 by default, where the model has types.
-            caches: one a layer, for rotary positions.
+            caches: one a layer: the tokens continue what was read before.
+            memory_caches: one a layer, of the memory that the layers attend to (see `Stack.remember`).
             attention: what `Block.forward` takes.
 
         Raises:
             InvalidInput: more tokens than learned positions, token types out of range, or caches of another model.
         """
-        if caches is not None and len(caches) != len(self.blocks):
-            raise InvalidInput("caches", f"{len(self.blocks)}, one a layer", len(caches))
-        if caches is not None and self.config.positions != "rope":
-            raise InvalidInput(
-                "caches", f"None for positions {self.config.positions!r}, which do not continue", "caches"
-            )
-        x, attention = self._enter(x, token_types, attention)
+        self._check_caches("caches", caches)
+        self._check_caches("memory_caches", memory_caches)
+        x, attention = self._enter(x, token_types, attention, caches)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cache=None if caches is None else caches[layer], **attention)
+            if self.recompute and torch.is_grad_enabled() and caches is None and memory_caches is None:
+                x = checkpoint(block, x, use_reentrant=False, **attention)
+                continue
+            x = block(
+                x,
+                cache=None if caches is None else caches[layer],
+                memory_cache=None if memory_caches is None else memory_caches[layer],
+                **attention,
+            )
         return self.norm(x)
+
+    def remember(
+        self,
+        memory: Tensor,
+        caches: Sequence[Cache],
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+    ) -> None:
+        """Append the keys and values that each layer's cross-attention makes of a memory [B, M, C].
+
+        Args:
+            caches: one a layer. lengths, sequences: as in `longattn.attention_with_cache`.
+        """
+        self._check_caches("caches", caches)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            cross_attention = cast(Block, block).cross_attention
+            if cross_attention is None:
+                raise InvalidInput("memory", "none for blocks without cross-attention", "a tensor")
+            cross_attention.remember(memory, cache, lengths=lengths, sequences=sequences)
+
+    def _check_caches(self, name: str, caches: Sequence[Cache] | None) -> None:
+        if caches is not None and len(caches) != len(self.blocks):
+            raise InvalidInput(name, f"{len(self.blocks)}, one a layer", len(caches))
 
     def weights_of(
         self,
@@ -93,7 +137,13 @@ class Stack(nn.Module):
         block = cast(Block, self.blocks[layer])
         return block.weights(x, rows, cross=cross, **attention)
 
-    def _enter(self, x: Tensor, token_types: Tensor | None, attention: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def _enter(
+        self,
+        x: Tensor,
+        token_types: Tensor | None,
+        attention: dict[str, Any],
+        caches: Sequence[Cache] | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
         """What the first block takes."""
         config, cu_seqlens = self.config, attention.get("cu_seqlens")
         if cu_seqlens is not None and attention.get("max_seqlen") is None:
@@ -101,10 +151,13 @@ class Stack(nn.Module):
         if config.scale_embeddings:
             x = x * math.sqrt(config.dim)
         if config.positions != "rope":
-            places = torch.arange(x.shape[-2], device=x.device)
+            places = token_places(x.shape[-2], x.device)
+            length = attention.get("max_seqlen") or whole_length(x.shape[-2])
             if cu_seqlens is not None:
                 places = _places_in_sequences(places, cu_seqlens)
-            x = x + self._position_vectors(places, attention.get("max_seqlen") or x.shape[-2]).to(x.dtype)
+            elif caches is not None:
+                places, length = _places_after(caches[0], x, attention)
+            x = x + self._position_vectors(places, length).to(x.dtype)
         if self.type_embedding is not None:
             if token_types is None:
                 token_types = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
@@ -121,7 +174,7 @@ class Stack(nn.Module):
             return sinusoids(places, self.config.dim)
         if length > self.config.max_length:
             raise InvalidInput("tokens", f"at most max_length {self.config.max_length} (learned positions)", length)
-        return self.position_embedding(places)
+        return self.position_embedding(places.clamp(max=self.config.max_length - 1))  # padding may reach past it
 
 
 def sinusoids(places: Tensor, dim: int) -> Tensor:
@@ -179,6 +232,14 @@ def check_ids(name: str, ids: Tensor, count: int, dims: int = 2) -> None:
     low, high = torch.stack(ids.aminmax()).tolist()
     if low < 0 or high >= count:
         raise InvalidInput(name, expected, f"ids {low}..{high}")
+
+
+def _places_after(cache: Cache, x: Tensor, attention: dict[str, Any]) -> tuple[Tensor, int]:
+    """Where x's tokens stand behind what a cache holds, [B, N], and how long the longest sequence becomes."""
+    places = cache.next_positions(x.shape[1], sequences=attention.get("sequences"), tree=attention.get("tree"))
+    counts = new_lengths(attention.get("lengths"), places.shape[0], x[:, None])
+    counted = places[torch.arange(x.shape[1], device=x.device) < torch.tensor(counts, device=x.device)[:, None]]
+    return places, int(counted.max()) + 1 if counted.numel() else 0
 
 
 def _places_in_sequences(places: Tensor, cu_seqlens: Tensor) -> Tensor:

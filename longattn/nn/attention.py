@@ -111,6 +111,7 @@ class Attention(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: Cache | None = None,
+        append: bool = True,
         lengths: Tensor | Sequence[int] | None = None,
         sequences: Sequence[int] | None = None,
         tree: Tensor | Sequence[int] | None = None,
@@ -129,6 +130,7 @@ class Attention(nn.Module):
                 length of the longest. Packed sequences take no context, key_mask or bounds.
             cache: of this layer's heads: x holds the next tokens, which are appended. Takes no context, key_mask,
                 key_lens, bounds or packed sequences, and no gradient; positions [N] or [B, N].
+            append: False: attend to what the cache holds, such as a context (see `remember`), and leave it as it is.
             lengths, sequences, tree: as in `longattn.attention_with_cache`.
 
         Returns:
@@ -142,10 +144,12 @@ class Attention(nn.Module):
         if cache is not None:
             unwanted = {"context": context, "key_mask": key_mask, "key_lens": key_lens, "bounds": bounds}
             unwanted |= {"cu_seqlens": cu_seqlens}
-            return self._with_cache(x, cache, unwanted, positions, lengths, sequences, tree)
+            return self._with_cache(x, cache, append, unwanted, positions, lengths, sequences, tree)
         for name, value in (("lengths", lengths), ("sequences", sequences), ("tree", tree)):
             if value is not None:
                 raise InvalidInput(name, "None without a cache", type(value).__name__)
+        if not append:
+            raise InvalidInput("append", "True without a cache", append)
         if cu_seqlens is not None and context is not None:
             raise InvalidInput("context", "None with packed sequences", "a tensor")
         for name, tensor in (("x", x), ("context", x if context is None else context)):
@@ -180,6 +184,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         cache: Cache,
+        append: bool,
         unwanted: dict[str, Any],
         positions: Positions,
         lengths: Tensor | Sequence[int] | None,
@@ -194,7 +199,8 @@ class Attention(nn.Module):
         if positions is not None and not isinstance(positions, Tensor):
             raise InvalidInput("positions", "one tensor with a cache", type(positions).__name__)
         self._check_input("x", x, packed=False)
-        q, k, v = (tensor.transpose(1, 2) for tensor in self._project(x, x))
+        q = self._project_queries(x).transpose(1, 2)
+        k, v = [tensor.transpose(1, 2) for tensor in self._project_keys(x)] if append else (None, None)
         out: Any = attention_with_cache(
             q,
             k,
@@ -213,6 +219,26 @@ class Attention(nn.Module):
             tree=tree,
         )
         return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+    def remember(
+        self,
+        context: Tensor,
+        cache: Cache,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+    ) -> None:
+        """Append the keys and values of a context [B, M, C] to a cache, for queries of later calls.
+
+        Args:
+            lengths, sequences: as in `longattn.attention_with_cache`.
+
+        Raises:
+            InvalidInput: an argument breaks the contract.
+        """
+        self._check_input("context", context, packed=False)
+        k, v = (tensor.transpose(1, 2) for tensor in self._project_keys(context))
+        cache.append(k, v, rope=self.rope, lengths=lengths, sequences=sequences)
 
     def weights(
         self,
@@ -265,12 +291,16 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [..., N, Hq, D], k and v [..., M, Hkv, D]."""
+        return self._project_queries(x), *self._project_keys(context)
+
+    def _project_queries(self, x: Tensor) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        return q if self.q_norm is None else self.q_norm(q)
+
+    def _project_keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
         k = self.k_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return k if self.k_norm is None else self.k_norm(k), v
 
     def _check_input(self, name: str, x: Tensor, packed: bool) -> None:
         if not isinstance(x, Tensor) or x.dim() != (2 if packed else 3) or x.shape[-1] != self.embed_dim:

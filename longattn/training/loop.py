@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from longattn.errors import InvalidInput
 from longattn.models import TransformerConfig, autocast, matmul_dtype
+from longattn.models.stack import Stack
 from longattn.scaling import finite_number
 from longattn.training.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from longattn.training.context_parallel import is_sharded, load_sharded, on_any_rank, save_sharded
 
-__all__ = ["Batches", "Trainable", "TrainingConfig", "TrainingResult", "train"]
+__all__ = ["Batches", "Loss", "Trainable", "TrainingConfig", "TrainingResult", "train"]
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -48,6 +50,16 @@ class Trainable(Protocol):
         """A scalar; the arguments are the entries of a batch."""
 
 
+class Loss(Protocol):
+    """What is minimised in place of the model's own loss, such as `longattn.models.Distillation`."""
+
+    def __call__(self, *arguments: Any, **inputs: Any) -> Tensor:
+        """A scalar; the arguments are the entries of a batch."""
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the loss, in plain Python values: a resumed training must have the same."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How to train.
@@ -64,6 +76,8 @@ class TrainingConfig:
         max_grad_norm: gradients are scaled down to this norm.
         precision: "bfloat16" runs the products of matrices in it (autocast; weights stay float32), "float32" does
             not, "auto" does where the hardware gains from it.
+        recompute: keep the input of each block only, and compute the block again in the backward: a third more work,
+            in memory that hardly grows with the layers. The losses are the same.
         save_every: steps between checkpoints; 0 saves at the end only.
 
     Raises:
@@ -80,6 +94,7 @@ class TrainingConfig:
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     precision: str = "auto"
+    recompute: bool = False
     save_every: int = 200
 
     def __post_init__(self) -> None:
@@ -99,6 +114,8 @@ class TrainingConfig:
             finite_number(name, getattr(self, name), at_least=low, at_most=high)
         if self.precision not in PRECISIONS:
             raise InvalidInput("precision", f"one of {', '.join(PRECISIONS)}", repr(self.precision))
+        if not isinstance(self.recompute, bool):
+            raise InvalidInput("recompute", "a bool", repr(self.recompute))
 
     def progress(self, step: int, elapsed: float) -> float:
         """The share of the training that is done after `step` steps and `elapsed` seconds; 1: all."""
@@ -135,6 +152,7 @@ def train(
     batches: Batches,
     config: TrainingConfig,
     *,
+    loss: Loss | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     description: str = "training",
@@ -148,7 +166,9 @@ def train(
         model: a module that is `Trainable`; trained in place, on its device.
         batches: the data, the arguments of its `loss`.
         config: how.
-        checkpoint: where to save, every `save_every` steps, when interrupted, and at the end.
+        loss: of a batch, in place of the model's own.
+        checkpoint: where to save, every `save_every` steps, when interrupted, and at the end. A file; of a model whose
+            weights ranks share a folder, which any number of ranks can load (torch.distributed.checkpoint).
         resume: go on from the checkpoint, which must be of this model, data and config. The losses are those that an
             uninterrupted training would have had.
         description: shown beside the progress bar; show_progress: whether there is one.
@@ -162,18 +182,29 @@ def train(
     device = next(model.parameters()).device
     dtype = config.dtype(device)
     settings = {"training": asdict(config), "data": batches.describe(), "dtype": str(dtype).removeprefix("torch.")}
+    if loss is not None:
+        settings["loss"] = loss.describe()
     optimizer = _optimizer(model, config)
     step, before = 0, 0.0
+    sharded = is_sharded(model)
+    if sharded and config.seconds:
+        raise InvalidInput("seconds", "0 where ranks train together, as their clocks differ", config.seconds)
     if resume and checkpoint is not None:
-        step, before = _restore(load_checkpoint(checkpoint), model, optimizer, settings)
+        if sharded:
+            step = load_sharded(checkpoint, model, optimizer, settings)
+        else:
+            step, before = _restore(load_checkpoint(checkpoint), model, optimizer, settings)
 
     def save() -> None:
-        if checkpoint is not None:
+        if checkpoint is not None and sharded:
+            save_sharded(checkpoint, model, optimizer, settings, step)
+        elif checkpoint is not None:
             elapsed = before + time.perf_counter() - start
             save_checkpoint(checkpoint, _snapshot(model, optimizer, settings, step, elapsed))
 
     losses: list[float] = []
     tokens = 0
+    _set_recompute(model, config.recompute)
     model.train()
     start = time.perf_counter()
     with _interrupt_between_steps() as interrupted, _progress_bar(description, show_progress) as show:
@@ -182,11 +213,11 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate_at(step, progress)
             with autocast(device, dtype):
-                loss = model.loss(**inputs)
+                value = (loss or model.loss)(**inputs)
             optimizer.zero_grad()
-            loss.backward()
+            value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            losses.append(loss.item())
+            losses.append(value.item())
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(f"the loss of step {step} is {losses[-1]}: lower the learning rate")
             optimizer.step()
@@ -195,7 +226,7 @@ def train(
             tokens += inputs["tokens"].numel()
             elapsed = time.perf_counter() - start
             show(config.progress(step, before + elapsed), step, losses[-1], tokens / elapsed)
-            if interrupted():
+            if on_any_rank(interrupted(), device) if sharded else interrupted():
                 save()
                 raise KeyboardInterrupt
             if config.save_every and step % config.save_every == 0:
@@ -203,6 +234,14 @@ def train(
     save()
     model.eval()
     return TrainingResult(losses, step, tokens, time.perf_counter() - start)
+
+
+def _set_recompute(model: nn.Module, recompute: bool) -> None:
+    stacks = [module for module in model.modules() if isinstance(module, Stack)]
+    if recompute and not stacks:
+        raise InvalidInput("recompute", "False for a model that is none of longattn.models", type(model).__name__)
+    for stack in stacks:
+        stack.recompute = recompute
 
 
 def _inputs(batch: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -235,7 +274,7 @@ def _restore(
     """Put a checkpoint's state into model, optimiser and generator; (steps done, seconds used)."""
     for name, ours, theirs in (
         ("config", model.config.to_dict(), saved.config.to_dict()),
-        *((name, settings[name], saved.settings.get(name)) for name in settings),
+        *((name, settings.get(name), saved.settings.get(name)) for name in settings.keys() | saved.settings.keys()),
     ):
         if ours != theirs:
             raise InvalidInput(f"checkpoint's {name}", _different(ours, theirs), _different(theirs, ours))

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longattn.errors import InvalidInput
 
-__all__ = ["PackedDocuments", "TokenFile", "pack", "write_token_file"]
+__all__ = ["Documents", "PackedDocuments", "TokenFile", "pack", "write_token_file"]
 
 
 def write_token_file(
@@ -62,6 +62,25 @@ def write_token_file(
     return TokenFile(path)
 
 
+class Documents(Protocol):
+    """Texts as sequences of ids."""
+
+    vocab_size: int
+
+    def __len__(self) -> int:
+        """How many documents."""
+
+    def __getitem__(self, document: int) -> Tensor:
+        """The ids of a document, int64 [N]."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The tokens of each document, int64 [documents]."""
+
+    def digest(self) -> str:
+        """A fingerprint."""
+
+
 class TokenFile:
     """The documents of a token file, as sequences of ids; mapped from disk.
 
@@ -98,8 +117,7 @@ class TokenFile:
         """The ids of a document, int64 [N]."""
         if not 0 <= document < len(self):
             raise IndexError(document)
-        start = int(self._ends[document - 1]) if document else 0
-        return torch.from_numpy(self._tokens[start : int(self._ends[document])].astype(np.int64))
+        return torch.from_numpy(self._span(document).astype(np.int64))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -109,6 +127,54 @@ class TokenFile:
     def digest(self) -> str:
         """A fingerprint of the documents' lengths and the vocabulary."""
         return hashlib.sha256(self._ends.tobytes() + str(self.vocab_size).encode()).hexdigest()[:16]
+
+    def split(self, held_out: float = 0.1) -> tuple[Documents, Documents]:
+        """(training documents, held-out documents), as views of this file.
+
+        A document's side hangs on its tokens alone: adding documents moves no other, and the copies of one document are
+        all on one side. Reads the file once.
+
+        Args:
+            held_out: the expected share of held-out documents, in (0, 1).
+
+        Raises:
+            InvalidInput: a share out of range, or a side without a document.
+        """
+        if not 0.0 < held_out < 1.0:
+            raise InvalidInput("held_out", "a number in (0, 1)", held_out)
+        digests = (hashlib.sha256(self._span(document).tobytes()).digest() for document in range(len(self)))
+        is_held_out = np.array([int.from_bytes(digest[:8], "big") < held_out * 2**64 for digest in digests])
+        if is_held_out.all() or not is_held_out.any():
+            raise InvalidInput("held_out", "a share that leaves documents on both sides", f"{held_out} of {len(self)}")
+        return _Subset(self, np.flatnonzero(~is_held_out)), _Subset(self, np.flatnonzero(is_held_out))
+
+    def _span(self, document: int) -> np.ndarray:
+        start = int(self._ends[document - 1]) if document else 0
+        return self._tokens[start : int(self._ends[document])]
+
+
+class _Subset:
+    """Some documents of a token file."""
+
+    def __init__(self, file: TokenFile, chosen: np.ndarray) -> None:
+        self.vocab_size = file.vocab_size
+        self._file = file
+        self._chosen = chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, document: int) -> Tensor:
+        if not 0 <= document < len(self):
+            raise IndexError(document)
+        return self._file[int(self._chosen[document])]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._file.lengths[self._chosen]
+
+    def digest(self) -> str:
+        return hashlib.sha256(self._file.digest().encode() + self._chosen.tobytes()).hexdigest()[:16]
 
 
 def pack(documents: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -139,7 +205,7 @@ def pack(documents: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 class PackedDocuments:
-    """Training batches of whole documents, packed up to a number of tokens; longer ones are cut to windows of it.
+    """Training batches of whole documents, packed up to a number of tokens; long ones are cut to windows.
 
     Every batch has the same number of tokens: the last document is cut to fit. Documents are drawn by their length, so
     that every token is as likely as any other. The batch of a step hangs on the seed and the step alone.
@@ -147,15 +213,18 @@ class PackedDocuments:
     Args:
         documents: where the text is.
         tokens: T, tokens a batch, at least 2.
+        longest: the most tokens of a document, that is, how far any token looks back; T by default.
         seed: of what is drawn.
 
     Raises:
         InvalidInput: no document has two tokens.
     """
 
-    def __init__(self, documents: TokenFile, *, tokens: int, seed: int = 0) -> None:
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 2:
-            raise InvalidInput("tokens", "an int >= 2", repr(tokens))
+    def __init__(self, documents: Documents, *, tokens: int, longest: int | None = None, seed: int = 0) -> None:
+        longest = tokens if longest is None else longest
+        for name, value in (("tokens", tokens), ("longest", longest)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+                raise InvalidInput(name, "an int >= 2", repr(value))
         lengths = documents.lengths
         self._usable = np.flatnonzero(lengths > 1)
         if not len(self._usable):
@@ -163,6 +232,7 @@ class PackedDocuments:
         self._cumulative = np.cumsum(lengths[self._usable])
         self.documents = documents
         self.tokens = tokens
+        self.longest = min(longest, tokens)
         self.seed = seed
 
     def batch(self, step: int) -> dict[str, Tensor]:
@@ -173,16 +243,18 @@ class PackedDocuments:
         while room:
             place = rng.integers(self._cumulative[-1])
             document = self.documents[int(self._usable[np.searchsorted(self._cumulative, place, side="right")])]
-            if len(document) > room + 1:
-                start = int(rng.integers(len(document) - room))
-                document = document[start : start + room + 1]
+            most = min(room, self.longest)
+            if len(document) > most + 1:
+                start = int(rng.integers(len(document) - most))
+                document = document[start : start + most + 1]
             chosen.append(document)
             room -= len(document) - 1
         return pack(chosen)
 
     def describe(self) -> dict[str, Any]:
         """What decides the batches, in plain Python values."""
-        return {"tokens": self.tokens, "seed": self.seed, "documents": self.documents.digest()}
+        settings = {"tokens": self.tokens, "longest": self.longest, "seed": self.seed}
+        return {**settings, "documents": self.documents.digest()}
 
 
 def _ends_file(path: Path) -> Path:

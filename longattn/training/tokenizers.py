@@ -1,22 +1,116 @@
-"""Tokenizers trained with Hugging Face's tokenizers library: byte-level BPE and WordPiece.
+"""From text to token ids and back: bytes, and what Hugging Face's tokenizers library trains, BPE and WordPiece.
 
-Bytes need none: `ByteCorpus` reads them as they are.
+Trained tokenizers are that library's own objects; `WordTokenizer` gives one the few methods that a `ByteTokenizer` has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from longattn.errors import InvalidInput
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["SPECIAL_TOKENS", "load_tokenizer", "train_bpe", "train_wordpiece"]
+__all__ = [
+    "SPECIAL_TOKENS",
+    "ByteTokenizer",
+    "TextTokenizer",
+    "WordTokenizer",
+    "load_tokenizer",
+    "train_bpe",
+    "train_wordpiece",
+]
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # BERT's
+
+
+class TextTokenizer(Protocol):
+    """Text to ids and back."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, all ids are below it."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+
+    def id_of(self, token: str) -> int:
+        """The id of a special token."""
+
+
+class ByteTokenizer:
+    """UTF-8, one id a byte, and special tokens from 256 on; every text has ids, and nothing has to be trained.
+
+    Args:
+        special_tokens: their names.
+    """
+
+    def __init__(self, special_tokens: Sequence[str] = SPECIAL_TOKENS) -> None:
+        self.special_tokens = tuple(special_tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        """256 bytes and the special tokens."""
+        return 256 + len(self.special_tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of a text."""
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens are left out, and what is no UTF-8 is U+FFFD."""
+        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+    def id_of(self, token: str) -> int:
+        """The id of a special token.
+
+        Raises:
+            InvalidInput: there is no such token.
+        """
+        if token not in self.special_tokens:
+            raise InvalidInput("token", f"one of {list(self.special_tokens)}", repr(token))
+        return 256 + self.special_tokens.index(token)
+
+
+class WordTokenizer:
+    """A tokenizer of the tokenizers library.
+
+    Args:
+        tokenizer: as `train_bpe`, `train_wordpiece` and `load_tokenizer` give it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """V, special tokens included."""
+        return self.tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        return self.tokenizer.decode(list(ids))
+
+    def id_of(self, token: str) -> int:
+        """The id of a token.
+
+        Raises:
+            InvalidInput: there is no such token.
+        """
+        found = self.tokenizer.token_to_id(token)
+        if found is None:
+            raise InvalidInput("token", "one of the tokenizer's", repr(token))
+        return found
 
 
 def train_bpe(

@@ -16,6 +16,7 @@ from torch import Tensor
 from longattn import InvalidInput
 from longattn.models import (
     Decoder,
+    EncoderDecoder,
     GenerationConfig,
     Piece,
     Sampling,
@@ -50,15 +51,28 @@ def prompts(*lengths: int, seed: int = 0, vocab_size: int = 23) -> list[list[int
 
 
 @torch.no_grad()
-def uncached(model: Decoder, prompt: list[int], count: int, penalty: float = 1.0) -> list[int]:
-    """The likeliest tokens, the whole text read again for each."""
-    text = list(prompt)
-    for _ in range(count):
-        logits = model(torch.tensor([text]))[0, -1]
-        for token in set(text):
-            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
-        text.append(int(logits.argmax()))
-    return text[len(prompt) :]
+def uncached(
+    model: Any, prompt: list[int], tokens: list[int], penalty: float = 1.0, source: list[int] | None = None
+) -> list[int]:
+    """The likeliest token after each beginning of a continuation, by a model without caches: the same if it is greedy.
+
+    All are read at once, but where the frequencies of the rotation, and so all hidden states, change with the length.
+    """
+    text, start = [*prompt, *tokens], len(prompt)
+    ends = range(start, len(text))
+
+    def logits_of(text: list[int]) -> Tensor:
+        about = () if source is None else (torch.tensor([source]),)
+        return model(*about, torch.tensor([text]))[0]
+
+    if model.config.rope is not None and model.config.rope.depends_on_length:
+        logits = torch.stack([logits_of(text[:end])[-1] for end in ends])
+    else:
+        logits = logits_of(text[:-1])[start - 1 :]
+    for row, end in zip(logits, ends, strict=True):
+        seen = list(set(text[:end]))
+        row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+    return logits.argmax(-1).tolist()
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -69,6 +83,8 @@ MODELS: dict[str, dict[str, Any]] = {
     # One layer: where there are more, uncached hidden states change with the context's length, cached ones do not.
     "DynamicNTK": {"layers": 1, "rope_scaling": DynamicNTK(2.0, 16)},
     "LongRoPE": {"layers": 1, "rope_scaling": LongRoPE(2.0, 16, (1.0,) * 4, (3.0,) * 4)},
+    "learned positions": {"positions": "learned", "max_length": 44, "norm": "layer", "bias": True},
+    "sinusoidal positions": {"positions": "sinusoidal", "pattern": "SL", "window": 5},
 }
 
 
@@ -77,7 +93,8 @@ def test_cached_equals_uncached(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("longattn.models.generation.reader._PROMPT_CHUNK", 7)
     model, batch = decoder(**MODELS[name]), prompts(1, 20, 7, 9)
     found = generate(model, batch, GenerationConfig(max_new_tokens=25))
-    assert [each.tokens for each in found] == [uncached(model, prompt, 25) for prompt in batch]
+    for prompt, each in zip(batch, found, strict=True):
+        assert len(each.tokens) == 25 and each.tokens == uncached(model, prompt, each.tokens)
     assert {(each.text, each.reason) for each in found} == {(None, "length")}
     assert len({tuple(each.tokens) for each in found}) > 1
 
@@ -85,10 +102,12 @@ def test_cached_equals_uncached(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_positions_in_the_cache_and_its_dtype() -> None:
     """Within the window there is no difference; past it a stream goes on where all its positions are trained ones."""
     model, batch = decoder(pattern="S", window=64), prompts(5, 3)
-    config = GenerationConfig(max_new_tokens=20, positions="cache")
-    assert [each.tokens for each in generate(model, batch, config)] == [uncached(model, p, 20) for p in batch]
-    stored = GenerationConfig(max_new_tokens=5, cache_dtype=torch.float32)
-    assert [each.tokens for each in generate(model, batch, stored)] == [uncached(model, p, 5) for p in batch]
+    for config in (
+        GenerationConfig(max_new_tokens=20, positions="cache"),
+        GenerationConfig(max_new_tokens=5, cache_dtype=torch.float32),
+    ):
+        for prompt, each in zip(batch, generate(model, batch, config), strict=True):
+            assert each.tokens == uncached(model, prompt, each.tokens)
 
 
 def test_a_stream_without_end() -> None:
@@ -109,8 +128,9 @@ def test_repetition_penalty() -> None:
     model, batch = decoder(), prompts(6, 3)
     config = GenerationConfig(max_new_tokens=15, sampling=Sampling(temperature=0, repetition_penalty=1.7))
     found = [each.tokens for each in generate(model, batch, config)]
-    assert found == [uncached(model, prompt, 15, 1.7) for prompt in batch]
-    assert found != [uncached(model, prompt, 15) for prompt in batch]
+    for prompt, tokens in zip(batch, found, strict=True):
+        assert tokens == uncached(model, prompt, tokens, 1.7)
+    assert found[0] != uncached(model, batch[0], found[0])
     [only] = beam_search(model, batch[:1], config, beams=1)
     assert only[0].tokens == found[0]
 
@@ -193,14 +213,15 @@ def texts_of(model: Decoder, prompt: list[int], count: int, sampling: Sampling) 
     """All texts of so many tokens and their probabilities."""
     texts: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(count):
-        longer = {}
-        for text, probability in texts.items():
-            whole = torch.tensor([[*prompt, *text]])
-            seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool)
-            seen[0, whole[0]] = True
-            following = sampling.probabilities(model(whole)[:, -1], seen)[0].tolist()
-            longer |= {(*text, token): probability * p for token, p in enumerate(following) if p}
-        texts = longer
+        whole = torch.tensor([[*prompt, *text] for text in texts])
+        seen = torch.zeros(len(whole), model.config.vocab_size, dtype=torch.bool).scatter(1, whole, True)
+        following = sampling.probabilities(model(whole)[:, -1], seen).tolist()
+        texts = {
+            (*text, token): probability * p
+            for (text, probability), row in zip(texts.items(), following, strict=True)
+            for token, p in enumerate(row)
+            if p
+        }
     return texts
 
 
@@ -243,7 +264,8 @@ def test_drafts_change_no_greedy_token(name: str, guesses: int) -> None:
     for draft in (model, decoder(1, layers=1, pattern="S", window=2), sometimes):
         pieces = list(stream(model, batch, config, draft=draft))
         for row, prompt in enumerate(batch):
-            assert [piece.token for piece in pieces if piece.sequence == row] == uncached(model, prompt, 14)
+            tokens = [piece.token for piece in pieces if piece.sequence == row]
+            assert len(tokens) == 14 and tokens == uncached(model, prompt, tokens)
         if draft is model:  # all but the one that each call of the model adds
             assert sum(piece.drafted for piece in pieces) == 3 * sum((i + 1) % (guesses + 1) > 0 for i in range(14))
 
@@ -256,7 +278,74 @@ def test_drafts_with_a_penalty_and_stops() -> None:
     assert generate(model, batch, config, draft=decoder(2)) == generate(model, batch, config)
 
 
+# Encoder-decoders.
+
+
+def encoder_decoder(style: str) -> EncoderDecoder:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 23, "dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "max_length": 40}
+    model = EncoderDecoder(TransformerConfig.style(style, tie_embeddings=False, **sizes)).double().eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data.mul_(4)
+    return model
+
+
+@pytest.mark.parametrize("style", ["transformer", "modern-transformer"])
+def test_an_answer_depends_on_its_source(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longattn.models.generation.reader._PAGE_SIZE", 4)
+    model, starts, sources = encoder_decoder(style), [[1], [1, 5, 2], [1]], prompts(9, 3, 14)
+    config = GenerationConfig(max_new_tokens=12)
+    found = generate(model, starts, config, sources=sources)
+    for start, source, each in zip(starts, sources, found, strict=True):
+        assert len(each.tokens) == 12 and each.tokens == uncached(model, start, each.tokens, source=source)
+    assert found[0] != found[2]
+    for draft in (model, encoder_decoder(style).requires_grad_(False)):
+        for weight in draft.parameters():
+            weight.data.add_(0.05 * torch.randn_like(weight) if draft is not model else 0.0)
+        assert generate(model, starts, config, sources=sources, draft=draft) == found
+    stops = GenerationConfig(max_new_tokens=12, stop_tokens=[found[0].tokens[4]])  # one ends before the others
+    for each, start, source in zip(generate(model, starts, stops, sources=sources), starts, sources, strict=True):
+        assert generate(model, [start], stops, sources=[source]) == [each]
+
+
+def test_beams_with_a_source() -> None:
+    """Against a search without caches, as `test_beams_are_what_a_plain_search_finds`."""
+    model, starts, sources = encoder_decoder("transformer"), [[1], [1, 5]], prompts(9, 4)
+    found = beam_search(model, starts, GenerationConfig(max_new_tokens=6), beams=3, sources=sources)
+    for start, source, beams in zip(starts, sources, found, strict=True):
+
+        def following(texts: list[list[int]], start: list[int] = start, source: list[int] = source) -> Tensor:
+            return model(torch.tensor([source] * len(texts)), torch.tensor([[*start, *text] for text in texts]))[:, -1]
+
+        assert [beam.tokens for beam in beams] == [text for _, text in plain_search(following, 6, 3)]
+
+
+def test_bad_sources() -> None:
+    model, config = encoder_decoder("transformer"), GenerationConfig(max_new_tokens=2)
+    for sources in (None, [[1]], [[], [1]], [[23], [1]], "ab"):
+        with pytest.raises(InvalidInput, match="^sources: "):
+            generate(model, [[1], [1]], config, sources=sources)
+    with pytest.raises(InvalidInput, match="^sources: "):
+        generate(decoder(), [[1]], config, sources=[[1]])
+    with pytest.raises(InvalidInput, match="^draft: "):
+        generate(model, [[1]], config, sources=[[1]], draft=decoder())
+    with pytest.raises(InvalidInput, match="^positions: "):
+        generate(model, [[1]], GenerationConfig(max_new_tokens=2, positions="cache"), sources=[[1]])
+
+
 # Beams.
+
+
+@torch.no_grad()
+def plain_search(following: Any, count: int, beams: int) -> list[tuple[float, list[int]]]:
+    """The likeliest texts that a beam search finds: following gives the logits after each of some texts."""
+    texts: list[tuple[float, list[int]]] = [(0.0, [])]
+    for _ in range(count):
+        rows = zip(texts, following([text for _, text in texts]).log_softmax(-1).tolist(), strict=True)
+        grown = [(score + p, [*text, t]) for (score, text), row in rows for t, p in enumerate(row)]
+        texts = sorted(grown, key=lambda entry: -entry[0])[:beams]
+    return texts
 
 
 @torch.no_grad()
@@ -268,15 +357,14 @@ def log_probability(model: Decoder, prompt: list[int], tokens: list[int]) -> flo
 @pytest.mark.parametrize("changes", [{}, {"pattern": "S", "window": 2}])
 def test_wide_beams_find_the_best(changes: dict[str, Any]) -> None:
     model, batch = decoder(6, **TINY | changes), prompts(3, 1, vocab_size=5)
+    texts = [text for count in (1, 2, 3) for text in itertools.product(range(5), repeat=count)]
+    whole = [text for text in texts if 2 not in text[:-1] and (text[-1] == 2 or len(text) == 3)]
+    likely = [{text: log_probability(model, prompt, list(text)) for text in whole} for prompt in batch]
     for penalty in (0.0, 1.0, -0.5):
         config = GenerationConfig(max_new_tokens=3, stop_tokens=[2])
         found = beam_search(model, batch, config, beams=40, length_penalty=penalty)
-        for prompt, beams in zip(batch, found, strict=True):
-            scores = {}
-            for count in (1, 2, 3):
-                for text in itertools.product(range(5), repeat=count):
-                    if 2 not in text[:-1] and (text[-1] == 2 or count == 3):
-                        scores[text] = log_probability(model, prompt, list(text)) / count**penalty
+        for known, beams in zip(likely, found, strict=True):
+            scores = {text: log_p / len(text) ** penalty for text, log_p in known.items()}
             best = sorted(scores, key=scores.__getitem__, reverse=True)[: len(beams)]
             assert [tuple(beam.tokens) for beam in beams[:10]] == best[:10]
             assert beams[0].score == pytest.approx(scores[best[0]])
@@ -288,17 +376,15 @@ def test_beams_are_what_a_plain_search_finds() -> None:
         model, batch = decoder(**MODELS[name]), prompts(9, 40)
         found = beam_search(model, batch, GenerationConfig(max_new_tokens=12), beams=3)
         for prompt, beams in zip(batch, found, strict=True):
-            texts: list[tuple[float, list[int]]] = [(0.0, [])]
-            for _ in range(12):
-                with torch.no_grad():
-                    logits: Tensor = model(torch.tensor([[*prompt, *text] for _, text in texts]))[:, -1]
-                rows = zip(texts, logits.log_softmax(-1).tolist(), strict=True)
-                grown = [(score + p, [*text, t]) for (score, text), row in rows for t, p in enumerate(row)]
-                texts = sorted(grown, key=lambda entry: -entry[0])[:3]
+
+            def following(texts: list[list[int]], model: Decoder = model, prompt: list[int] = prompt) -> Tensor:
+                return model(torch.tensor([[*prompt, *text] for text in texts]))[:, -1]
+
+            texts = plain_search(following, 12, 3)
             assert [beam.tokens for beam in beams] == [text for _, text in texts]
             assert [beam.log_probability for beam in beams] == pytest.approx([score for score, _ in texts])
     [greedy] = beam_search(model, batch[:1], GenerationConfig(max_new_tokens=12), beams=1)
-    assert greedy[0].tokens == uncached(model, batch[0], 12)
+    assert greedy[0].tokens == uncached(model, batch[0], greedy[0].tokens)
 
 
 # Text.

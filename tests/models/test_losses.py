@@ -64,6 +64,30 @@ def test_nothing_of_the_size_of_the_logits_is_saved() -> None:
     assert max(saved) <= weight.numel()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_products_run_in_autocast_s_dtype(reduction: str) -> None:
+    hidden, weight = (torch.randn(*shape).requires_grad_() for shape in ((3, 7, 16), (50, 16)))
+    targets = torch.randint(0, 50, (3, 7))
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = chunked_cross_entropy(hidden, weight, targets, reduction=reduction, chunk=8).mean()
+        found.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+        assert all(x.dtype == torch.float32 for x in found[-1])
+    for exact, low in zip(*found, strict=True):
+        torch.testing.assert_close(low, exact, rtol=0.03, atol=0.03 * exact.abs().max().item())
+
+
+def test_only_gradients_that_are_asked_for_are_made() -> None:
+    hidden, weight = torch.randn(4, 8), torch.randn(5, 8, requires_grad=True)
+    targets = torch.tensor([0, 1, 2, 3])
+    loss = chunked_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    assert weight.grad is not None and hidden.grad is None
+    with torch.no_grad():
+        assert chunked_cross_entropy(hidden, weight, targets) == loss
+
+
 def test_no_target_at_all_is_no_loss() -> None:
     hidden = torch.randn(1, 4, 8, requires_grad=True)
     weight = torch.randn(5, 8)

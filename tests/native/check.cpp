@@ -1,5 +1,5 @@
-// A check of the C++ core without Python: random calls, forward and backward, against formulas.h. It is for what Python
-// is not at hand for: an emulated machine, or a sanitizer's own runtime.
+// A check of the C++ core without Python: random calls, forward, backward and on caches, against formulas.h. It is for
+// what Python is not at hand for: an emulated machine, or a sanitizer's own runtime.
 //
 //   check                          every instruction set that was built and runs here, each in a process of its own
 //   LONGATTN_CPU_ISA=avx2 check    one of them
@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "cache.h"
 #include "calls.h"
 #include "cpu/attention.h"
 #include "cpu/isa.h"
@@ -161,6 +162,40 @@ void check_attention(const Expectation& expected, Report* report) {
   if (p.alibi_slopes) check("dslope_rows", &Outputs::dslope_rows, exact.dslope_rows);
 }
 
+struct CacheExpectation {
+  const char* name;
+  std::unique_ptr<CachedCall> cached;
+  Results exact;
+};
+
+std::vector<CacheExpectation> cache_expectations() {
+  std::vector<CacheExpectation> all;
+  for (const CacheCase& c : cache_cases())
+    for (DType dtype : kDTypes) {
+      auto cached = std::make_unique<CachedCall>(c, dtype);
+      Results exact = Formulas(cached->call).results();
+      all.push_back({c.call.name, std::move(cached), std::move(exact)});
+    }
+  return all;
+}
+
+void check_cache(const CacheExpectation& expected, Report* report) {
+  const AttentionParams& p = expected.cached->call.p;
+  const auto decoded = [&](int64_t threads) {
+    Outputs o;
+    o.out = Tensor(p.dtype, {p.batch, p.q_heads, p.nq, p.v_head_dim}, Tensor::kTokensFirst);
+    o.lse = Tensor(accumulation_type(p.dtype), {p.batch, p.q_heads, p.nq, 1});
+    expected.cached->run(threads, &o.out, &o.lse);
+    return o;
+  };
+  const Outputs got = decoded(1), again = decoded(3);
+  const std::string name = dtype_name(p.dtype);
+  report->compare(name + " out", got.out, expected.exact.out);
+  report->compare(name + " lse", got.lse, expected.exact.lse);
+  report->expect(got.out.only_entries_are_touched(), name + " out writes between its rows");
+  report->expect(got.out == again.out && got.lse == again.lse, name + " depends on the number of threads");
+}
+
 void check_rope(DType dtype, bool interleaved, bool inverse, Report* report) {
   Random random(7);
   const Shape shape{2, 3, 300, 12};
@@ -288,11 +323,16 @@ void check_bad_input(Report* report) {
   refuses("width", [] { rope({}); });
 }
 
-int check(const std::vector<Expectation>& expected) {
+int check(const std::vector<Expectation>& expected, const std::vector<CacheExpectation>& of_caches) {
   Report report;
   for (size_t n = 0; n < expected.size(); ++n) {
     if (n % std::size(kDTypes) == 0) report.begin(expected[n].name);
     check_attention(expected[n], &report);
+    if ((n + 1) % std::size(kDTypes) == 0) report.end();
+  }
+  for (size_t n = 0; n < of_caches.size(); ++n) {
+    if (n % std::size(kDTypes) == 0) report.begin(of_caches[n].name);
+    check_cache(of_caches[n], &report);
     if ((n + 1) % std::size(kDTypes) == 0) report.end();
   }
   report.begin("rope alone");
@@ -310,13 +350,14 @@ int check(const std::vector<Expectation>& expected) {
 }
 
 // A process keeps the instruction set that it took first, so each gets its own.
-int check_every_instruction_set(const std::vector<Expectation>& expected) {
+int check_every_instruction_set(const std::vector<Expectation>& expected,
+                                const std::vector<CacheExpectation>& of_caches) {
   std::vector<pid_t> children;
   for (const std::string& name : usable_isas()) {
     children.push_back(fork());
     if (children.back() == 0) {
       setenv("LONGATTN_CPU_ISA", name.c_str(), 1);
-      std::exit(check(expected));
+      std::exit(check(expected, of_caches));
     }
   }
   bool good = true;
@@ -333,7 +374,9 @@ int check_every_instruction_set(const std::vector<Expectation>& expected) {
 }  // namespace longattn::test
 
 int main() {
-  const auto expected = longattn::test::expectations();
+  using namespace longattn::test;
+  const auto expected = expectations();
+  const auto of_caches = cache_expectations();
   const char* isa = std::getenv("LONGATTN_CPU_ISA");
-  return isa && *isa ? longattn::test::check(expected) : longattn::test::check_every_instruction_set(expected);
+  return isa && *isa ? check(expected, of_caches) : check_every_instruction_set(expected, of_caches);
 }

@@ -17,12 +17,12 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 inline const char* dtype_name(DType dtype) {
-  const char* names[] = {"float32", "float64", "bfloat16", "float16", "bool"};
+  const char* names[] = {"float32", "float64", "bfloat16", "float16", "bool", "int8"};
   return names[static_cast<int>(dtype)];
 }
 
 inline int64_t bytes_of(DType dtype) {
-  const int64_t bytes[] = {4, 8, 2, 2, 1};
+  const int64_t bytes[] = {4, 8, 2, 2, 1, 1};
   return bytes[static_cast<int>(dtype)];
 }
 

@@ -100,6 +100,8 @@ def test_packed_batches_are_windows_of_documents(tmp_path: Path) -> None:
             assert any(window in text for text in texts)
             seen.add(window[0])
     assert {"0", "A"} <= seen
+    short = PackedDocuments(file, tokens=20, longest=6, seed=1).batch(0)
+    assert short["tokens"].shape == (20,) and short["cu_seqlens"].diff().max() == 6
     assert torch.equal(packed.batch(3)["tokens"], PackedDocuments(file, tokens=20, seed=1).batch(3)["tokens"])
 
 
@@ -141,6 +143,10 @@ def test_a_decoder_trains_on_packed_documents(tmp_path: Path) -> None:
         ("documents", lambda path: write_token_file(path / "t", ["", ""], lambda text: text.encode(), 256)),
         ("path", lambda path: TokenFile(path / "none")),
         ("documents", lambda path: pack([torch.tensor([1])])),
+        (
+            "longest",
+            lambda path: PackedDocuments(write_token_file(path / "t", TEXTS, str.encode, 256), tokens=8, longest=1),
+        ),
         ("documents", lambda path: pack([torch.tensor([], dtype=torch.int64)])),
         (
             "documents",

@@ -175,6 +175,42 @@ def test_a_loss_that_is_not_finite_stops_the_training(batches: RandomWindows) ->
         train(broken, batches, TEN_STEPS)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_recomputing_keeps_less_and_changes_nothing(packed: bool) -> None:
+    config = replace(MODEL, layers=4, dropout=0.1, attention_dropout=0.1, pattern="SL", window=5)
+    tokens = torch.randint(0, 256, (1, 33))
+    inputs = {"tokens": tokens[0, :-1], "targets": tokens[0, 1:], "cu_seqlens": torch.tensor([0, 20, 32]).int()}
+    if not packed:
+        inputs = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        model = Decoder(config)
+        model.recompute = recompute
+        kept: dict[int, int] = {}
+
+        def keep(x: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = model.loss(**inputs)
+        loss.backward()
+        found.append((loss, [weight.grad for weight in model.parameters()], sum(kept.values())))
+    (loss, grads, bytes_kept), (again, grads_again, fewer) = found
+    assert torch.equal(loss, again) and fewer < 0.6 * bytes_kept
+    for grad, wanted in zip(grads_again, grads, strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
+def test_a_training_that_recomputes(batches: RandomWindows) -> None:
+    losses = train(model(), batches, replace(TEN_STEPS, recompute=True)).losses
+    assert losses == train(model(), batches, TEN_STEPS).losses
+    other = torch.nn.Linear(2, 2)
+    with pytest.raises(InvalidInput, match="recompute"):
+        train(other, batches, replace(TEN_STEPS, recompute=True))
+
+
 def test_trains_the_weights_of_the_model_that_was_extended(batches: RandomWindows) -> None:
     base = model()
     before = base.embedding.weight.clone()
@@ -212,6 +248,7 @@ def test_a_clock_only_adds_steps() -> None:
         ("warmup", -1),
         ("precision", "float16"),
         ("save_every", True),
+        ("recompute", 1),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, value: Any) -> None:

@@ -216,9 +216,11 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
   const int64_t first = tile.first_key, last = tile.first_key + tile.keys;
   const bool rotated = p.rotated > 0;
 
-  Operands::load_left(p, s, tile.kv_head, p.k, first, tile.keys, p.head_dim, rotated, scratch.keys, scratch.staging);
-  Operands::load_left(p, s, tile.kv_head, p.v, first, tile.keys, p.v_head_dim, false, scratch.values, scratch.staging);
-  const auto* keys_across = Operands::across(scratch.keys, tile.keys, p.head_dim, scratch.keys_across);
+  const auto block_keys = Operands::load_left(p, s, tile.kv_head, p.k, first, tile.keys, p.head_dim, rotated,
+                                              scratch.keys, scratch.staging);
+  const auto block_values = Operands::load_left(p, s, tile.kv_head, p.v, first, tile.keys, p.v_head_dim, false,
+                                                scratch.values, scratch.staging);
+  const auto keys_across = Operands::across(block_keys, tile.keys, p.head_dim, scratch.keys_across);
   std::memset(scratch.dkeys, 0, tile.keys * key_width * sizeof(T));
   std::memset(scratch.dvalues, 0, tile.keys * value_width * sizeof(T));
   // In place where an operand is a matrix of the accumulation type.
@@ -235,8 +237,8 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
     if (!keys_in_block(panel.range, first, last, &from, &to)) continue;
     const int64_t keys = to - from, skip = from - first;
     load_queries_and_gradients<Operands>(panel, scratch);
-    Operands::left_times_panel(keys, kPanelRows, p.head_dim, scratch.keys, skip, scratch.queries, scratch.scores);
-    Operands::left_times_panel(keys, kPanelRows, p.v_head_dim, scratch.values, skip, scratch.douts, scratch.dscores);
+    Operands::left_times_panel(keys, kPanelRows, p.head_dim, block_keys, skip, scratch.queries, scratch.scores);
+    Operands::left_times_panel(keys, kPanelRows, p.v_head_dim, block_values, skip, scratch.douts, scratch.dscores);
     differentiate<Operands>(panel, from, keys, scratch);
     alignas(64) T dslopes[kPanelRows] = {};
     if (p.dslope_rows) slope_gradient<T>(panel, from, keys, scratch.dscores, dslopes);
@@ -302,11 +304,12 @@ void bias_tile(const AttentionParams& p, const BiasTile& tile, char* memory) {
           if (!keys_in_block(panel.range, first_key, first_key + all_keys, &from, &to)) continue;
           const int64_t keys = to - from;
           load_queries_and_gradients<Operands>(panel, scratch);
-          Operands::load_left(p, s, head / group, p.k, from, keys, p.head_dim, rotated, scratch.keys, scratch.staging);
-          Operands::load_left(p, s, head / group, p.v, from, keys, p.v_head_dim, false, scratch.values,
-                              scratch.staging);
-          Operands::left_times_panel(keys, kPanelRows, p.head_dim, scratch.keys, 0, scratch.queries, scratch.scores);
-          Operands::left_times_panel(keys, kPanelRows, p.v_head_dim, scratch.values, 0, scratch.douts, scratch.dscores);
+          const auto left_keys = Operands::load_left(p, s, head / group, p.k, from, keys, p.head_dim, rotated,
+                                                     scratch.keys, scratch.staging);
+          const auto left_values = Operands::load_left(p, s, head / group, p.v, from, keys, p.v_head_dim, false,
+                                                       scratch.values, scratch.staging);
+          Operands::left_times_panel(keys, kPanelRows, p.head_dim, left_keys, 0, scratch.queries, scratch.scores);
+          Operands::left_times_panel(keys, kPanelRows, p.v_head_dim, left_values, 0, scratch.douts, scratch.dscores);
           differentiate<Operands>(panel, from, keys, scratch);
           T* to_sums = sums + (from - first_key) * kPanelRows;
           for (int64_t i = 0; i < keys * kPanelRows; i += kWidth<T>)

@@ -5,7 +5,7 @@
 //   m' = max(m, colmax S)   P = exp2(c S - c m')   l' = l exp2(c m - c m') + colsum P
 //   O' = O exp2(c m - c m') + P^T V       [rows][Dv]
 //
-// with c as in forward.h.
+// with c as in forward.h. int8 is multiplied by its scales at the end of the first product, and before the second.
 #pragma once
 
 #include <type_traits>
@@ -46,36 +46,79 @@ struct BFloat16 {
   using Sum = float;
   static constexpr int64_t kBytes = 2;
   static Vec<float> load(const char* row, int64_t c) {
+    row += 2 * c;
+#if defined(__AVX512F__)
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
+    const __m512i wide = _mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits), 16);
+#elif defined(__AVX2__)
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
+    const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+#else
     typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
     typedef uint32_t Whole __attribute__((vector_size(kVectorBytes)));
     Half bits;
-    __builtin_memcpy(&bits, row + 2 * c, sizeof(bits));
+    __builtin_memcpy(&bits, row, sizeof(bits));
     const Whole wide = __builtin_convertvector(bits, Whole) << 16;
+#endif
     Vec<float> x;
     __builtin_memcpy(&x, &wide, sizeof(x));
     return x;
   }
 };
+template <class T>
+struct Int8 {
+  using Sum = T;
+  static constexpr int64_t kBytes = 1;
+  static Vec<T> load(const char* row, int64_t c) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + c));
+      const __m512i wide = _mm512_maskz_cvtepi8_epi32(0xffff, bytes);
+      return reinterpret_cast<Vec<T>>(_mm512_maskz_cvtepi32_ps(0xffff, wide));
+    }
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) {
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + c));
+      return reinterpret_cast<Vec<T>>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+    }
+#endif
+    int8_t numbers[kWidth<T>];
+    T wide[kWidth<T>];
+    __builtin_memcpy(numbers, row + c, sizeof(numbers));
+    for (int i = 0; i < kWidth<T>; ++i) wide[i] = numbers[i];
+    return longattn::load<T>(wide);
+  }
+};
 
-// The keys of a block, row by row.
+// The keys of a block, or their values, row by row.
 struct Block {
   const char* rows[kKeyBlock + 2 * kAhead];  // past the last: as the last
+  const float* scales[kKeyBlock];            // of int8
   int64_t keys;
 };
 
-// Sums of the lanes of kWidth vectors: of x[i] in lane i.
-template <class T>
-inline Vec<T> lane_sums(Vec<T>* x) {
-  constexpr int W = kWidth<T>;
-  using Zip = Lanes<W>;
-  // Each step adds halves and puts two vectors side by side; pairing i with i + n / 2 leaves the lanes in order.
-#pragma GCC unroll 4
-  for (int n = W; n > 1; n /= 2)
+inline void locate_block(KeyRows* rows, int64_t first, int64_t keys, Block* block) {
+  const bool scaled = rows->dtype() == DType::kInt8;
+  block->keys = keys;
+  for (int64_t j = 0; j < keys; ++j) {
+    block->rows[j] = rows->at(first + j);
+    if (scaled) block->scales[j] = &rows->scale(first + j);
+  }
+  for (int64_t j = keys; j < keys + 2 * kAhead; ++j) block->rows[j] = block->rows[keys - 1];
+}
+
+// Sums of the lanes of N = kWidth vectors: of x[i] in lane i. Each step adds halves and puts two vectors side by side;
+// pairing i with i + N / 2 leaves the lanes in order. Only inlined do the vectors stay in registers.
+template <class T, int N = kWidth<T>>
+__attribute__((always_inline)) inline Vec<T> lane_sums(Vec<T>* x) {
+  using Zip = Lanes<kWidth<T>>;
 #pragma GCC unroll 8
-    for (int i = 0; i < W / 2; ++i)
-      if (i < n / 2)
-        x[i] = Zip::template zip_low<T>(x[i], x[i + n / 2]) + Zip::template zip_high<T>(x[i], x[i + n / 2]);
-  return x[0];
+  for (int i = 0; i < N / 2; ++i)
+    x[i] = Zip::template zip_low<T>(x[i], x[i + N / 2]) + Zip::template zip_high<T>(x[i], x[i + N / 2]);
+  if constexpr (N > 2)
+    return lane_sums<T, N / 2>(x);
+  else
+    return x[0];
 }
 
 // scores[j][r] = k_j . q_r for R rows, q [R][width]; columns of whole vectors.
@@ -141,35 +184,35 @@ inline void by_rows(int64_t rows, F f) {
   if (r < rows) f(std::integral_constant<int, 1>{}, r);
 }
 
-// The rows of keys [first, first + keys) of x, or of their values: in place where `Stored` reads them, else in staging.
-template <class Stored, class T = typename Stored::Sum>
-inline Block rows_in_place(KeyRows* rows, int64_t first, int64_t keys) {
-  Block block;
-  block.keys = keys;
-  for (int64_t j = 0; j < keys; ++j) block.rows[j] = rows->at(first + j);
-  for (int64_t j = keys; j < keys + 2 * kAhead; ++j) block.rows[j] = block.rows[keys - 1];
-  return block;
-}
-
-// Calls f(Stored, block, columns) for the rows of some keys: where they lie, if they are whole vectors of numbers that
+// Calls f(Stored, block, columns) for the rows of a block: where they lie, if they are whole vectors of numbers that
 // need no more than widening, else converted.
 template <class T, class F>
 inline void with_rows(const AttentionParams& p, const Sequence& s, int64_t kv_head, const Tensor4& x, int64_t first,
-                      int64_t keys, int64_t columns, bool rotated, T* staging, F f) {
-  KeyRows rows(p, s, x, kv_head);
-  const bool in_place = columns % kWidth<T> == 0 && !rotated && !p.key_mask;
-  if (in_place && rows.dtype() == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32))
-    return f(Plain<T>{}, rows_in_place<Plain<T>>(&rows, first, keys), columns);
-  if constexpr (sizeof(T) == 4)
-    if (in_place && rows.dtype() == DType::kBFloat16)
-      return f(BFloat16{}, rows_in_place<BFloat16>(&rows, first, keys), columns);
+                      const Block& block, int64_t columns, DType dtype, bool rotated, T* staging, F f) {
+  if (columns % kWidth<T> == 0 && !rotated && !p.key_mask) {
+    if (dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32)) return f(Plain<T>{}, block, columns);
+    if (dtype == DType::kInt8) return f(Int8<T>{}, block, columns);
+    if constexpr (sizeof(T) == 4)
+      if (dtype == DType::kBFloat16) return f(BFloat16{}, block, columns);
+  }
   const int64_t width = row_width(columns);
-  load_keys<T>(p, s, kv_head, x, first, keys, columns, width, rotated, staging);
-  Block block;
-  block.keys = keys;
-  for (int64_t j = 0; j < keys + 2 * kAhead; ++j)
-    block.rows[j] = reinterpret_cast<const char*>(staging + smaller(j, keys - 1) * width);
-  f(Plain<T>{}, block, width);
+  load_keys<T>(p, s, kv_head, x, first, block.keys, columns, width, rotated, staging);
+  Block converted;
+  converted.keys = block.keys;
+  for (int64_t j = 0; j < block.keys + 2 * kAhead; ++j)
+    converted.rows[j] = reinterpret_cast<const char*>(staging + smaller(j, block.keys - 1) * width);
+  f(Plain<T>{}, converted, width);
+}
+
+// Multiplies a column of numbers by the scales of a block's rows, if they are stored with scales.
+template <class Stored, class T = typename Stored::Sum>
+inline void multiply_by_scales(const Block& block, int64_t rows, T* numbers) {
+  if constexpr (std::is_same_v<Stored, Int8<T>>)
+    for (int64_t j = 0; j < block.keys; ++j)
+      for (int64_t n = 0; n < rows; n += kWidth<T>) {
+        T* at = numbers + j * kPanelRows + n;
+        store<T>(at, load<T>(at) * static_cast<T>(*block.scales[j]));
+      }
 }
 
 // Scores become weights, m and l move on, and decay is what the sums so far are to be multiplied by.
@@ -218,28 +261,35 @@ void decode_tile(const AttentionParams& p, const QueryTile& tile, char* memory) 
     total[r] = T(0);
   }
 
+  KeyRows keys(p, tile.sequence, p.k, tile.kv_head), values(p, tile.sequence, p.v, tile.kv_head);
+  Block stored_rows;
   const PanelRange& range = panel.range;
   for (int segment = 0; segment < 2; ++segment) {
     const bool sinks = segment == 0;
     const int64_t start = sinks ? range.sinks_start : range.start, stop = sinks ? range.sinks_stop : range.stop;
     const T* queries = sinks ? scratch.queries_of_sinks : scratch.queries;
     for (int64_t first = start; first < stop; first += kKeyBlock) {
-      const int64_t keys = smaller(kKeyBlock, stop - first);
-      with_rows<T>(p, tile.sequence, tile.kv_head, p.k, first, keys, p.head_dim, turns_keys(p), scratch.staging,
-                   [&](auto stored, const Block& block, int64_t columns) {
-                     by_rows<T>(rows, [&](auto count, int64_t r) {
-                       dot_products<decltype(stored), decltype(count)::value>(block, columns, queries + r * width,
-                                                                              width, scratch.scores + r);
-                     });
-                   });
-      if (adjusts(p)) adjust<T>(panel, first, keys, scratch.scores, nullptr);
-      hide<T>(panel, first, keys, scratch.scores);
-      weigh_block<T>(keys, rows, exponent, scratch.scores, largest, total, decay);
-      with_rows<T>(p, tile.sequence, tile.kv_head, p.v, first, keys, p.v_head_dim, false, scratch.staging,
-                   [&](auto stored, const Block& block, int64_t columns) {
+      const int64_t count = smaller(kKeyBlock, stop - first);
+      locate_block(&keys, first, count, &stored_rows);
+      with_rows<T>(p, tile.sequence, tile.kv_head, p.k, first, stored_rows, p.head_dim, keys.dtype(), turns_keys(p),
+                   scratch.staging, [&](auto stored, const Block& block, int64_t columns) {
                      using Stored = decltype(stored);
-                     by_rows<T>(rows, [&](auto count, int64_t r) {
-                       constexpr int R = decltype(count)::value;
+                     by_rows<T>(rows, [&](auto some, int64_t r) {
+                       dot_products<Stored, decltype(some)::value>(block, columns, queries + r * width, width,
+                                                                   scratch.scores + r);
+                     });
+                     multiply_by_scales<Stored>(block, rows, scratch.scores);
+                   });
+      if (adjusts(p)) adjust<T>(panel, first, count, scratch.scores, nullptr);
+      hide<T>(panel, first, count, scratch.scores);
+      weigh_block<T>(count, rows, exponent, scratch.scores, largest, total, decay);
+      locate_block(&values, first, count, &stored_rows);
+      with_rows<T>(p, tile.sequence, tile.kv_head, p.v, first, stored_rows, p.v_head_dim, values.dtype(), false,
+                   scratch.staging, [&](auto stored, const Block& block, int64_t columns) {
+                     using Stored = decltype(stored);
+                     multiply_by_scales<Stored>(block, rows, scratch.scores);
+                     by_rows<T>(rows, [&](auto some, int64_t r) {
+                       constexpr int R = decltype(some)::value;
                        T* sums = scratch.sums + r * v_width;
                        int64_t c = 0;
                        for (; c + 4 * W <= columns; c += 4 * W)

@@ -89,11 +89,46 @@ inline void move_references(int64_t keys, int64_t lanes, T exponent, const T* sc
   }
 }
 
+// Rows of keys that will soon be read, asked for a line at a time, while arithmetic leaves memory idle.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const AttentionParams& p, const Sequence& s, const Tensor4& x, int64_t kv_head, int64_t columns, int64_t first,
+        int64_t keys) {
+    KeyRows rows(p, s, x, kv_head);
+    line_ = row_ = rows.run(first, keys);
+    bytes_ = columns * element_bytes(rows.dtype());
+    stride_ = x.token * element_bytes(rows.dtype());
+    left_ = row_ ? keys : 0;
+  }
+
+  // False if nothing is left.
+  bool fetch() {
+    if (left_ == 0) return false;
+    __builtin_prefetch(line_, 0, 2);
+    line_ += 64;
+    if (line_ >= row_ + bytes_) {
+      line_ = row_ += stride_;
+      --left_;
+    }
+    return true;
+  }
+
+ private:
+  const char *line_ = nullptr, *row_ = nullptr;
+  int64_t bytes_ = 0, stride_ = 0, left_ = 0;
+};
+
+struct KeysAhead {
+  Ahead keys, values;
+  void fetch() { keys.fetch() || values.fetch(); }
+};
+
 // Scores of `keys` keys become weights, as right operand. False if those of some row outgrow its reference. `keep`, if
 // not nullptr, multiplies the weights, not their sum.
 template <class Operands, class T = typename Operands::Sum>
 inline bool weigh(int64_t keys, int64_t lanes, T exponent, const T* scores, const T* keep,
-                  typename Operands::Operand* weights, PanelState<T>* state) {
+                  typename Operands::Operand* weights, PanelState<T>* state, KeysAhead* ahead) {
   constexpr int W = kWidth<T>;
   IntVec<T> outgrown{};
   for (int64_t n = 0; n < lanes; n += W) {
@@ -103,6 +138,7 @@ inline bool weigh(int64_t keys, int64_t lanes, T exponent, const T* scores, cons
     Vec<T> sum{}, other_sum{};
     int64_t j = 0;
     for (; j + 2 <= keys; j += 2) {
+      ahead->fetch();
       Vec<T> a = exp2<T, Operands::kExpTerms>(load<T>(column + j * kPanelRows) * exponent - reference);
       Vec<T> b = exp2<T, Operands::kExpTerms>(load<T>(column + (j + 1) * kPanelRows) * exponent - reference);
       sum += a;
@@ -208,7 +244,8 @@ inline PanelRange union_range(const Panel* panels, int64_t count) {
 // Keys [from, to) of the block that starts at key `first`, for panel n.
 template <class Operands>
 inline void forward_block(const ForwardScratch<Operands>& scratch, int64_t n, const typename Operands::Operand* queries,
-                          const typename Operands::Operand* values, int64_t first, int64_t from, int64_t to) {
+                          Left<typename Operands::Operand> keys, Left<typename Operands::Operand> values_across,
+                          int64_t first, int64_t from, int64_t to, KeysAhead* ahead) {
   using T = typename Operands::Sum;
   const Panel& panel = scratch.panels[n];
   const AttentionParams& p = *panel.params;
@@ -221,27 +258,27 @@ inline void forward_block(const ForwardScratch<Operands>& scratch, int64_t n, co
   int64_t summed = from;  // keys that the sums have taken
   const auto sum_up = [&](int64_t until) {
     if (summed < until)
-      Operands::across_times_weights(p.v_head_dim, lanes, until - summed, values, summed - first,
+      Operands::across_times_weights(p.v_head_dim, lanes, until - summed, values_across, summed - first,
                                      block_weights + (summed - from) * kPanelRows, sums, true);
     summed = until;
   };
   for (int64_t key = from; key < to; key += Operands::kStep) {
-    const int64_t keys = smaller(Operands::kStep, to - key);
+    const int64_t count = smaller(Operands::kStep, to - key);
     T* scores = Operands::step_scores(scratch.scores, key - from);
     auto* weights = block_weights + (key - from) * kPanelRows;
     const auto score = [&] {
-      Operands::left_times_panel(keys, lanes, p.head_dim, scratch.keys, key - first, queries, scores);
-      if (adjusts(p)) adjust<T>(panel, key, keys, scores, nullptr);
-      hide<T>(panel, key, keys, scores);
+      Operands::left_times_panel(count, lanes, p.head_dim, keys, key - first, queries, scores);
+      if (adjusts(p)) adjust<T>(panel, key, count, scores, nullptr);
+      hide<T>(panel, key, count, scores);
     };
     score();
-    if (scratch.keep) dropout_multipliers<T>(panel, key, keys, scratch.keep);
+    if (scratch.keep) dropout_multipliers<T>(panel, key, count, scratch.keep);
     const auto move = [&] {
       sum_up(key);
-      move_references<T>(keys, lanes, exponent, scores, state, p.v_head_dim, sums);
+      move_references<T>(count, lanes, exponent, scores, state, p.v_head_dim, sums);
     };
     const auto weigh_step = [&] {
-      return weigh<Operands>(keys, lanes, exponent, scores, scratch.keep, weights, state);
+      return weigh<Operands>(count, lanes, exponent, scores, scratch.keep, weights, state, ahead);
     };
     if (!has_references(lanes, *state)) move();
     if (!weigh_step()) {
@@ -270,14 +307,12 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
     scratch.panels[n] = make_panel(p, tile.sequence, tile.kv_head, group, first_row + n * kPanelRows,
                                    smaller(kPanelRows, rows - n * kPanelRows));
     restrict(tile.first_key, tile.last_key, &scratch.panels[n].range);
-    load_panel<T>(scratch.panels[n], p.q, p.head_dim, row_width(p.head_dim), factor, p.rotated > 0, scratch.rows);
-    Operands::right_of_transposed_rows(scratch.rows, p.head_dim, scratch.queries + n * query_stride, scratch.staging);
-    if (p.frame > 0) {
-      load_panel<T>(scratch.panels[n], p.q, p.head_dim, row_width(p.head_dim), factor, p.rotated > 0, scratch.rows,
-                    true);
-      Operands::right_of_transposed_rows(scratch.rows, p.head_dim, scratch.queries_of_sinks + n * query_stride,
-                                         scratch.staging);
-    }
+    const auto load_queries = [&](bool against_sinks, auto* right) {
+      Operands::load_right(scratch.panels[n], p.q, p.head_dim, factor, p.rotated > 0, against_sinks, scratch.rows,
+                           right + n * query_stride, scratch.staging);
+    };
+    load_queries(false, scratch.queries);
+    if (p.frame > 0) load_queries(true, scratch.queries_of_sinks);
     std::memset(scratch.sums + n * sum_stride, 0, sum_stride * sizeof(T));
     for (int64_t r = 0; r < kPanelRows; ++r) {
       scratch.states[n].reference[r] = T(-kInfinity);
@@ -292,16 +327,22 @@ void forward_tile(const AttentionParams& p, const QueryTile& tile, char* memory)
     const auto* queries = sinks ? scratch.queries_of_sinks : scratch.queries;
     for (int64_t first = start; first < stop; first += kKeyBlock) {
       const int64_t last = smaller(first + kKeyBlock, stop);
-      Operands::load_left(p, tile.sequence, tile.kv_head, p.k, first, last - first, p.head_dim, turns_keys(p),
-                          scratch.keys, scratch.staging);
-      Operands::load_left(p, tile.sequence, tile.kv_head, p.v, first, last - first, p.v_head_dim, false, scratch.values,
-                          scratch.staging);
-      const auto* values = Operands::across(scratch.values, last - first, p.v_head_dim, scratch.values_across);
+      const auto keys = Operands::load_left(p, tile.sequence, tile.kv_head, p.k, first, last - first, p.head_dim,
+                                            turns_keys(p), scratch.keys, scratch.staging);
+      const auto values = Operands::load_left(p, tile.sequence, tile.kv_head, p.v, first, last - first, p.v_head_dim,
+                                              false, scratch.values, scratch.staging);
+      const auto across = Operands::across(values, last - first, p.v_head_dim, scratch.values_across);
+      KeysAhead ahead;
+      const int64_t next = smaller(kKeyBlock, stop - last);
+      if (next > 0)
+        ahead = {{p, tile.sequence, p.k, tile.kv_head, p.head_dim, last, next},
+                 {p, tile.sequence, p.v, tile.kv_head, p.v_head_dim, last, next}};
       for (int64_t n = 0; n < panels; ++n) {
         const PanelRange& range = scratch.panels[n].range;
         const int64_t from = larger(first, sinks ? range.sinks_start : range.start);
         const int64_t to = smaller(last, sinks ? range.sinks_stop : range.stop);
-        if (from < to) forward_block<Operands>(scratch, n, queries + n * query_stride, values, first, from, to);
+        if (from < to)
+          forward_block<Operands>(scratch, n, queries + n * query_stride, keys, across, first, from, to, &ahead);
       }
     }
   }

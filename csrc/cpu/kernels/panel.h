@@ -166,6 +166,12 @@ class KeyRows {
     return row_ + (j - start_) * stride_;
   }
 
+  // Rows of keys [first, first + keys) if they lie one after another in memory, else nullptr.
+  char* run(int64_t first, int64_t keys) {
+    char* row = at(first);
+    return first + keys <= stop_ ? row : nullptr;
+  }
+
   // Asks for a later key's row, if it lies in one run of memory with the latest.
   void prefetch(int64_t j, int64_t bytes) const {
     if (j < stop_)

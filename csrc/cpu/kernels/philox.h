@@ -41,16 +41,16 @@ void dropout_multipliers(const Panel& panel, int64_t base, int64_t keys, T* keep
   const AttentionParams& p = *panel.params;
   uint32_t query[kPanelRows] = {}, head[kPanelRows] = {};
   for (int64_t r = 0; r < panel.rows; ++r) {
-    query[r] = static_cast<uint32_t>(query_of(panel, r));
-    head[r] = static_cast<uint32_t>(locate(panel, r).head);
+    query[r] = static_cast<uint32_t>(p.first_query + query_of(panel, r));
+    head[r] = static_cast<uint32_t>(p.first_head + locate(panel, r).head);
   }
   const uint64_t dropped = static_cast<uint64_t>(p.dropout_p * 4294967296.0 + 0.5);  // of 2^32 numbers
   const T kept = static_cast<T>(1.0 / (1.0 - p.dropout_p));
+  const uint32_t sequence = static_cast<uint32_t>(p.first_sequence + panel.sequence.index);
   PhiloxLanes lanes;
   for (int64_t j = 0; j < keys; ++j) {
-    const int64_t key = base + j;
-    if (j == 0 || key % 4 == 0)
-      philox(p.seed, static_cast<uint32_t>(key / 4), query, head, static_cast<uint32_t>(panel.sequence.index), &lanes);
+    const int64_t key = p.first_key + base + j;
+    if (j == 0 || key % 4 == 0) philox(p.seed, static_cast<uint32_t>(key / 4), query, head, sequence, &lanes);
     for (int lane = 0; lane < kPanelRows; ++lane)
       keep[j * kPanelRows + lane] = lanes.word[key % 4][lane] < dropped ? T(0) : kept;
   }

@@ -67,6 +67,9 @@ struct AttentionParams {
   const char* sink_logits = nullptr;   // [q_heads], accumulation type; may be nullptr
   double dropout_p = 0.0;
   uint64_t seed = 0;  // of dropout
+  // Where the first sequence, head, query and key stand in the attention that this call is a block of: dropout counts
+  // from there.
+  int64_t first_sequence = 0, first_head = 0, first_query = 0, first_key = 0;
 
   int64_t rotated = 0;       // width that rope turns, 0: none
   bool interleaved = false;  // pairs (2i, 2i + 1) in place of (i, i + rotated / 2)

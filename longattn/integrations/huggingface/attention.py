@@ -11,6 +11,7 @@ from longattn.errors import InvalidInput, Unsupported
 from longattn.functional import attention
 from longattn.inspect import attention_rows
 from longattn.integrations.huggingface.visibility import Visibility, keywords
+from longattn.redirection import on_shards, token_places
 
 # Keywords by which some models change the scores in ways of their own.
 _FOREIGN = ("block_indices", "sinks", "cache")
@@ -99,7 +100,7 @@ def _visible(
             raise InvalidInput("attention_mask", f"a mask made for {nq} queries and {nk} keys", repr(mask))
         return keywords(mask)
     if mask is None:
-        if not is_causal or nq == 1:
+        if not is_causal or (nq == 1 and not on_shards()):
             return {}
         if sliding_window is not None and sliding_window < nk:
             raise InvalidInput("attention_mask", f"a mask, as sliding_window {sliding_window} hides keys", None)
@@ -124,7 +125,7 @@ def _within_sequences(
     if one_sided and cu_seq_lens_q is not cu_seq_lens_k and not torch.compiler.is_compiling():
         if not torch.equal(cu_seq_lens_q, cu_seq_lens_k):
             raise InvalidInput("cu_seq_lens_k", "cu_seq_lens_q, where the mask depends on positions", "other lengths")
-    index = torch.arange(query.shape[2], device=query.device)
+    index = token_places(query.shape[2], query.device)
     sequence = torch.searchsorted(cu_seq_lens_q, index, right=True)
     ends = torch.cat((cu_seq_lens_k, cu_seq_lens_k.new_zeros(1)))  # tokens past the last sequence see nothing
     lo, hi = ends[sequence - 1].to(torch.int32), ends[sequence].to(torch.int32)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longattn.errors import Unsupported
+from longattn.redirection import on_shards, token_places
 
 MaskFunction = Callable[..., Any]
 
@@ -144,10 +145,13 @@ def visibility(
 
     if mask_function is None:
         mask_function = masking_utils.causal_mask_function
-    queries = (torch.arange(q_length, device=device) + q_offset)[None]
+    queries = (token_places(q_length, torch.device(device)) + q_offset)[None]
     terms = _read(mask_function, queries)
     key_mask = _padding(attention_mask, batch_size, kv_length, kv_offset)
     if terms is None:
+        if on_shards():
+            name = getattr(mask_function, "__qualname__", mask_function)
+            raise _unsupported(f"the mask {name}", "what it says of indices holds for a whole sequence, not for shards")
         terms, seen = _evaluate(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
         key_mask = seen if key_mask is None else key_mask if seen is None else key_mask & seen
     lo = hi = offset = None
@@ -249,6 +253,8 @@ def _read_bidirectional_window(queries: Tensor, sliding_window: int) -> _Terms:
 
 def _read_chunks(queries: Tensor, chunk_size: int, left_padding: Tensor) -> _Terms:
     """Chunks are counted from the first token after the padding."""
+    if on_shards() and left_padding.any():
+        raise _unsupported("a mask of chunks", "padding on the left shifts them, and a shard does not know by how much")
     padding = left_padding.view(-1, 1)
     start = torch.div(queries - padding, chunk_size, rounding_mode="floor") * chunk_size + padding
     return _Terms(lo=start, hi=start + chunk_size)
@@ -261,6 +267,8 @@ def _read_packed(queries: Tensor, mask_functions: tuple[MaskFunction, ...]) -> _
     """
     from transformers import masking_utils as made
 
+    if on_shards():
+        return None
     none = torch.zeros(1, 1)
     codes = [getattr(function, "__code__", None) for function in mask_functions]
     if codes != [

@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 
 from longattn.errors import InvalidInput
-from longattn.models.decoder import Decoder
-from longattn.models.generation.loop import GenerationConfig, Prompt, Reason, check_prompts
+from longattn.models.generation.loop import (
+    GenerationConfig,
+    Prompt,
+    Reason,
+    check_length,
+    check_prompts,
+    check_sources,
+)
 from longattn.models.generation.plain import seen_tokens
-from longattn.models.generation.reader import Reader, check_model, make_caches
+from longattn.models.generation.reader import Model, Reader, check_model, make_caches
 from longattn.models.generation.text import Decode
 from longattn.scaling import finite_number
 
@@ -37,12 +43,13 @@ class Beam:
 
 
 def beam_search(
-    model: Decoder,
+    model: Model,
     prompts: Sequence[Prompt],
     config: GenerationConfig,
     *,
     beams: int,
     length_penalty: float = 1.0,
+    sources: Sequence[Prompt] | None = None,
     decode: Decode | None = None,
 ) -> list[list[Beam]]:
     """The best continuations of each prompt that a beam search finds.
@@ -56,6 +63,7 @@ def beam_search(
         config: max_new_tokens, stops, the repetition penalty and the caches; its temperature must be 0.
         beams: how many; 1 is a greedy search.
         length_penalty: above 0 prefers longer texts.
+        sources: of an encoder-decoder, as in `generate`.
         decode: text of token ids, by a tokenizer.
 
     Returns:
@@ -67,6 +75,7 @@ def beam_search(
     """
     check_model("model", model)
     ids = check_prompts(model, prompts)
+    about = check_sources(model, sources, len(ids))
     if not isinstance(config, GenerationConfig):
         raise InvalidInput("config", "a GenerationConfig", type(config).__name__)
     if config.max_new_tokens is None:
@@ -78,7 +87,8 @@ def beam_search(
     if config.stop and decode is None:
         raise InvalidInput("decode", "a tokenizer's function, to find stop strings", None)
     length_penalty = finite_number("length_penalty", length_penalty)
-    return _Search(model, ids, config, config.max_new_tokens, beams, length_penalty, decode).run()
+    check_length("model", model, ids, config.max_new_tokens)
+    return _Search(model, ids, about, config, config.max_new_tokens, beams, length_penalty, decode).run()
 
 
 class _Search:
@@ -86,8 +96,9 @@ class _Search:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         prompts: list[list[int]],
+        sources: list[list[int]],
         config: GenerationConfig,
         max_new_tokens: int,
         beams: int,
@@ -109,7 +120,7 @@ class _Search:
             page_size=_PAGE_SIZE,
             dtype=config.cache_dtype,
         )
-        self.reader = Reader(model, caches)
+        self.reader = Reader(model, caches, sources)
         self.tokens: list[list[list[int]]] = [[[] for _ in range(beams)] for _ in prompts]
         self.ended: list[list[Beam]] = [[] for _ in prompts]
 

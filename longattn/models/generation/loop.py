@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from longattn.errors import InvalidInput
-from longattn.models.decoder import Decoder
+from longattn.models.encoder_decoder import EncoderDecoder
 from longattn.models.generation.plain import PlainSteps, Steps
-from longattn.models.generation.reader import Reader, check_model, make_caches
+from longattn.models.generation.reader import Model, Reader, check_model, make_caches
 from longattn.models.generation.sampling import GREEDY, Sampling
 from longattn.models.generation.speculative import SpeculativeSteps
 from longattn.models.generation.text import Decode, TextStream
@@ -89,12 +89,13 @@ class Generation:
 
 
 def generate(
-    model: Decoder,
+    model: Model,
     prompts: Sequence[Prompt],
     config: GenerationConfig,
     *,
+    sources: Sequence[Prompt] | None = None,
     decode: Decode | None = None,
-    draft: Decoder | None = None,
+    draft: Model | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Generation]:
     """Go on from each prompt until it ends. Arguments as `stream`, with a `max_new_tokens`.
@@ -107,7 +108,7 @@ def generate(
     tokens: list[list[int]] = [[] for _ in prompts]
     texts = [""] * len(prompts)
     reasons: list[Reason] = ["length"] * len(prompts)
-    for piece in stream(model, prompts, config, decode=decode, draft=draft, generator=generator):
+    for piece in stream(model, prompts, config, sources=sources, decode=decode, draft=draft, generator=generator):
         tokens[piece.sequence].append(piece.token)
         texts[piece.sequence] += piece.text
         reasons[piece.sequence] = piece.reason or "length"
@@ -118,12 +119,13 @@ def generate(
 
 
 def stream(
-    model: Decoder,
+    model: Model,
     prompts: Sequence[Prompt],
     config: GenerationConfig,
     *,
+    sources: Sequence[Prompt] | None = None,
     decode: Decode | None = None,
-    draft: Decoder | None = None,
+    draft: Model | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Piece]:
     """Go on from each prompt, one piece at a time. Sliding layers keep their window only, full layers all.
@@ -133,8 +135,9 @@ def stream(
 
     Args:
         model: in eval mode.
-        prompts: token ids, at least one each; of any lengths.
+        prompts: token ids, at least one each; of any lengths. Of an encoder-decoder, how the targets begin.
         config: how.
+        sources: of an encoder-decoder, what each prompt's answer is about: token ids, of any lengths.
         decode: text of token ids, by a tokenizer (`decode_bytes` of a model over bytes); without, texts are empty.
         draft: a smaller model of the same vocabulary, that guesses `draft_tokens` at a time for the model to check.
             The tokens are distributed as without it. Its rope may scale in any way; the model's frequencies may not
@@ -152,6 +155,7 @@ def stream(
     if not isinstance(config, GenerationConfig):
         raise InvalidInput("config", "a GenerationConfig", type(config).__name__)
     ids = check_prompts(model, prompts)
+    about = check_sources(model, sources, len(ids))
     for token in config.stop_tokens:
         if not 0 <= token < model.config.vocab_size:
             raise InvalidInput("stop_tokens", f"ids in [0, {model.config.vocab_size})", token)
@@ -163,16 +167,19 @@ def stream(
         raise InvalidInput("generator", "a torch.Generator", type(generator).__name__)
     steps: Steps
     if draft is None:
-        steps = PlainSteps(_reader(model, ids, config, 0), config.sampling, generator)
+        steps = PlainSteps(_reader("model", model, ids, about, config, 0), config.sampling, generator)
     else:
         check_model("draft", draft)
         if draft.config.vocab_size != model.config.vocab_size:
             raise InvalidInput("draft", f"a model of {model.config.vocab_size} token ids", draft.config.vocab_size)
+        if type(draft) is not type(model):
+            raise InvalidInput("draft", f"a {type(model).__name__} as the model", type(draft).__name__)
         if model.config.rope is not None and model.config.rope.depends_on_length:
             expected = "None where frequencies depend on the length: tokens checked together would share them"
             raise InvalidInput("draft", expected, model.config.rope_scaling)
         guesses = config.draft_tokens
-        checker, guesser = (_reader(each, ids, config, guesses) for each in (model, draft))
+        checker = _reader("model", model, ids, about, config, guesses)
+        guesser = _reader("draft", draft, ids, about, config, guesses)
         steps = SpeculativeSteps(checker, guesser, config.sampling, guesses, generator)
     return _pieces(steps, ids, config, decode)
 
@@ -211,7 +218,10 @@ def _text(text: TextStream | None, token: int, is_stop_token: bool) -> tuple[str
     return shown, text.stopped
 
 
-def _reader(model: Decoder, prompts: list[list[int]], config: GenerationConfig, spare: int) -> Reader:
+def _reader(
+    name: str, model: Model, prompts: list[list[int]], sources: list[list[int]], config: GenerationConfig, spare: int
+) -> Reader:
+    check_length(name, model, prompts, config.max_new_tokens, spare)
     if config.max_new_tokens is None:
         if not all(map(model.config.is_sliding, range(model.config.layers))):
             raise InvalidInput("max_new_tokens", "an int for a model with full layers, whose caches grow", None)
@@ -219,14 +229,40 @@ def _reader(model: Decoder, prompts: list[list[int]], config: GenerationConfig, 
     else:
         room = sum(map(len, prompts)) + len(prompts) * (config.max_new_tokens + spare)
     caches = make_caches(model, len(prompts), room, positions=config.positions, spare=spare, dtype=config.cache_dtype)
-    return Reader(model, caches)
+    return Reader(model, caches, sources)
 
 
-def check_prompts(model: Decoder, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """The token ids of prompts, checked."""
-    expected = f"a list of prompts, each of one or more ids in [0, {model.config.vocab_size})"
+def check_length(name: str, model: Model, prompts: list[list[int]], new_tokens: int | None, spare: int = 0) -> None:
+    """Raise InvalidInput if a model of learned positions would run out of them; spare: guesses read beyond the text."""
+    if model.config.positions != "learned":
+        return
+    most = model.config.max_length
+    if new_tokens is None or max(map(len, prompts)) + new_tokens - 1 + spare > most:
+        got = f"prompts of up to {max(map(len, prompts))} and {new_tokens} new, {spare} guessed at a time"
+        raise InvalidInput("max_new_tokens", f"texts of at most {most} tokens, the learned positions of {name}", got)
+
+
+def check_sources(model: Model, sources: Sequence[Prompt] | None, count: int) -> list[list[int]]:
+    """The token ids of an encoder-decoder's sources, one for each of `count` prompts; none for a decoder."""
+    if isinstance(model, EncoderDecoder) == (sources is None):
+        expected = "one for each prompt" if isinstance(model, EncoderDecoder) else "None for a Decoder"
+        raise InvalidInput("sources", expected, type(sources).__name__)
+    if sources is None:
+        return []
+    checked = check_prompts(model, sources, "sources")
+    if len(checked) != count:
+        raise InvalidInput("sources", f"{count}, one for each prompt", len(checked))
+    if model.config.positions == "learned" and max(map(len, checked)) > model.config.max_length:
+        expected = f"at most {model.config.max_length} tokens each (learned positions)"
+        raise InvalidInput("sources", expected, max(map(len, checked)))
+    return checked
+
+
+def check_prompts(model: Model, prompts: Sequence[Prompt], name: str = "prompts") -> list[list[int]]:
+    """The token ids of prompts, or of what else is called `name`, checked."""
+    expected = f"a list of {name}, each of one or more ids in [0, {model.config.vocab_size})"
     if isinstance(prompts, (str, bytes, Tensor)) or not isinstance(prompts, Sequence) or not prompts:
-        raise InvalidInput("prompts", expected, "none" if isinstance(prompts, Sequence) else type(prompts).__name__)
+        raise InvalidInput(name, expected, "none" if isinstance(prompts, Sequence) else type(prompts).__name__)
     checked = []
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, Tensor):
@@ -236,9 +272,11 @@ def check_prompts(model: Decoder, prompts: Sequence[Prompt]) -> list[list[int]]:
             fits = isinstance(prompt, Sequence) and all(type(token) is int for token in prompt)
             ids = list(prompt) if fits else None
         if not ids:
-            raise InvalidInput("prompts", expected, f"an empty prompt, number {number}" if fits else repr(prompt)[:80])
+            raise InvalidInput(
+                name, expected, f"an empty {name.removesuffix('s')}, number {number}" if fits else repr(prompt)[:80]
+            )
         if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
-            raise InvalidInput("prompts", expected, f"ids {min(ids)}..{max(ids)}")
+            raise InvalidInput(name, expected, f"ids {min(ids)}..{max(ids)}")
         checked.append(ids)
     return checked
 

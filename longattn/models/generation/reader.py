@@ -1,4 +1,4 @@
-"""A decoder with the caches of its layers: reads more of several sequences and predicts their next tokens."""
+"""A model with the caches of its layers: reads more of several sequences and predicts their next tokens."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from torch.nn import functional as F
 from longattn.cache import Cache, PagedKVCache, SlidingKVCache
 from longattn.errors import InvalidInput
 from longattn.models.decoder import Decoder
+from longattn.models.encoder_decoder import EncoderDecoder
 
-__all__ = ["Reader", "make_caches"]
+__all__ = ["Model", "Reader", "check_model", "make_caches"]
+
+Model = Decoder | EncoderDecoder
 
 _PAGE_SIZE = 64
 _PROMPT_CHUNK = 2048  # tokens of a prompt that go through the layers at once
 
 
 def make_caches(
-    model: Decoder,
+    model: Model,
     batch: int,
     tokens: int,
     *,
@@ -40,9 +43,11 @@ def make_caches(
         dtype: of the caches; the weights' by default.
 
     Raises:
-        InvalidInput: as the caches.
+        InvalidInput: as the caches; or positions in the cache of a model that rotates nothing.
     """
     config, weight = model.config, model.output_weight
+    if positions == "cache" and config.rope is None:
+        raise InvalidInput("positions", f"'original' with positions {config.positions!r} of the model", positions)
     shared: dict[str, Any] = {"dtype": weight.dtype if dtype is None else dtype, "device": weight.device}
     shape = (batch, config.kv_heads, config.head_dim)
     pages = -(-tokens // page_size) + batch  # the last page of each need not be full
@@ -63,15 +68,18 @@ class Reader:
     """A model in eval mode, and what it has read of each sequence.
 
     Args:
-        model: the decoder.
-        caches: of its layers, empty.
+        model: the decoder, or encoder-decoder.
+        caches: of its (decoder's) layers, empty.
+        sources: of an encoder-decoder, token ids for each of the first sequences.
     """
 
-    def __init__(self, model: Decoder, caches: Sequence[Cache]) -> None:
+    def __init__(self, model: Model, caches: Sequence[Cache], sources: Sequence[list[int]] = ()) -> None:
         self.model = model
         self.caches = caches
         self.device = model.output_weight.device
         self.vocab_size = model.config.vocab_size
+        self._sources = sources
+        self._memory: list[Cache] = []  # what cross-attention reads, of each layer
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -80,17 +88,18 @@ class Reader:
 
     @torch.no_grad()
     def read_prompts(self, prompts: Sequence[list[int]]) -> Tensor:
-        """Read the first tokens of the first sequences, a piece of all at a time.
+        """Read the sources, and the first tokens of the first sequences, a piece of all at a time.
 
         A rope whose frequencies depend on the length takes those of the prompt's length, so that all is read at once.
 
         Returns:
             logits [prompts, V] of what follows; 0 for a prompt without tokens.
         """
+        self._read_sources()
         longest = max(map(len, prompts))
         rope = self.model.config.rope
-        assert rope is not None
-        chunk = max(1, longest if rope.depends_on_length else _PROMPT_CHUNK)
+        at_once = rope is not None and rope.depends_on_length
+        chunk = max(1, longest if at_once else _PROMPT_CHUNK)
         weight = self.model.output_weight
         last = torch.zeros(len(prompts), weight.shape[1], dtype=weight.dtype, device=self.device)
         for start in range(0, longest, chunk):
@@ -114,7 +123,7 @@ class Reader:
         return F.linear(self._hidden(tokens, rows), self.model.output_weight)
 
     def free(self, row: int) -> None:
-        for cache in self.caches:
+        for cache in (*self.caches, *self._memory):
             cache.free(row)
 
     def truncate(self, row: int, length: int) -> None:
@@ -122,32 +131,59 @@ class Reader:
             cache.truncate(row, length)
 
     def fork(self, source: int, target: int) -> None:
-        for cache in self.caches:
+        for cache in (*self.caches, *self._memory):
             cache.fork(source, target)
 
     def reorder(self, index: Sequence[int]) -> None:
-        for cache in self.caches:
+        for cache in (*self.caches, *self._memory):
             cache.reorder(index)
+
+    def _read_sources(self) -> None:
+        """Encode all sources at once; their pages are shared by what is forked from a sequence."""
+        if not isinstance(self.model, EncoderDecoder):
+            return
+        config = self.model.config
+        tokens, counts = self._padded(self._sources)
+        lens = torch.tensor(counts, dtype=torch.int32, device=self.device)
+        memory = self.model.encode(tokens, source_lens=lens)
+        pages = sum(-(-count // _PAGE_SIZE) for count in counts)
+        self._memory = [
+            PagedKVCache(
+                self.caches[0].batch,
+                config.kv_heads,
+                config.head_dim,
+                num_pages=pages,
+                page_size=_PAGE_SIZE,
+                dtype=self.caches[0].dtype,
+                device=self.device,
+            )
+            for _ in range(config.layers)
+        ]
+        self.model.remember(memory, self._memory, source_lens=counts, sequences=range(len(counts)))
 
     def _hidden(self, tokens: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:
         """[rows, T, C], T tokens of the longest."""
+        padded, counts = self._padded(tokens)
+        call: dict[str, Any] = {
+            "caches": self.caches,
+            "lengths": None if min(counts) == max(counts) else counts,
+            "sequences": None if len(rows) == self.caches[0].batch else rows,
+        }
+        if isinstance(self.model, EncoderDecoder):
+            return self.model.decode(padded, memory_caches=self._memory, **call)
+        return self.model.hidden_states(padded, **call)
+
+    def _padded(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
+        """Tokens [rows, T] of the longest, and how many each has."""
         counts = [len(part) for part in tokens]
         padded = torch.zeros(len(counts), max(counts), dtype=torch.int64)
         for place, part in enumerate(tokens):
             padded[place, : len(part)] = torch.as_tensor(part)
-        everyone = len(rows) == self.caches[0].batch
-        return self.model.hidden_states(
-            padded.to(self.device),
-            caches=self.caches,
-            lengths=None if min(counts) == max(counts) else counts,
-            sequences=None if everyone else rows,
-        )
+        return padded.to(self.device), counts
 
 
-def check_model(name: str, model: Decoder) -> None:
-    if not isinstance(model, Decoder):
-        raise InvalidInput(name, "a longattn.models.Decoder", type(model).__name__)
-    if model.config.rope is None:
-        raise InvalidInput(name, "a model with rotary positions", f"positions {model.config.positions!r}")
+def check_model(name: str, model: Model) -> None:
+    if not isinstance(model, Model):
+        raise InvalidInput(name, "a longattn.models.Decoder or EncoderDecoder", type(model).__name__)
     if model.training:
         raise InvalidInput(name, "a model in eval mode (see Module.eval)", "one in training mode")
