@@ -29,8 +29,11 @@ def test_existing_model(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture(scope="module")
 def sources() -> list[Path]:
     """Some small files of the standard library, of several packages."""
-    some = [file for file in stdlib_files() if file.parent.name in ("email", "json", "asyncio")]
-    return [file for file in some if file.stat().st_size < 20_000]
+    sizes = {file: file.stat().st_size for file in stdlib_files()}
+    # Enough that no split by hash leaves a side empty.
+    return [
+        file for file, size in sizes.items() if size < (20_000 if file.parent.name in ("email", "asyncio") else 3_000)
+    ]
 
 
 def test_a_gpt_and_its_student(sources: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +59,7 @@ def test_a_bert_and_what_starts_from_it(
     assert all(0.0 <= share <= 1.0 for share in found)
     classify = runpy.run_path(str(EXAMPLES / "classify.py"))
     names = classify["packages"](sources)
-    assert set(names) <= {"email", "json", "asyncio"} and len(names) >= 2
+    assert {"email", "asyncio"} <= names.keys()
     assert all(not set(first) & set(second) for first, second in names.values())
     for start in (tmp_path, None):
         right, macro = classify["main"](start, files=sources, steps=2, batch_size=4, dim=32, layers=1)

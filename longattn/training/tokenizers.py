@@ -149,6 +149,8 @@ def train_wordpiece(
 ) -> Tokenizer:
     """WordPiece, BERT's: pieces of words, "##" before those that go on; what has none is [UNK].
 
+    The library breaks ties between pieces anew each time: trained twice, ids differ. Save the tokenizer with the model.
+
     Args:
         texts: read once, as a stream.
         vocab_size: V. Little text gives fewer.
