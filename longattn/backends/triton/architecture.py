@@ -11,7 +11,6 @@ import torch
 
 _PROVEN = Path(__file__).with_name("proven.json")
 _OLDEST = 80
-_MULTIPROCESSORS = 132
 _TOLERANCE = 2e-2  # of a float16 result against float64; a wrong kernel is off by its whole size
 
 
@@ -20,13 +19,6 @@ def of_this_device() -> int:
     if not torch.cuda.is_available():
         return _OLDEST
     return _capability(torch.cuda.current_device())
-
-
-def multiprocessors() -> int:
-    """Of the current GPU; those of an H200 where there is none."""
-    if not torch.cuda.is_available():
-        return _MULTIPROCESSORS
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
 def proven() -> dict[str, str]:

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from longattn.backends.triton import architecture, config, launch
+from longattn.backends.triton import config, launch
 from longattn.backends.triton.config import Tiles, padded
 from longattn.backends.triton.decode import attend_kernel, combine_kernel
 from longattn.backends.triton.params import (
@@ -24,6 +24,7 @@ from longattn.backends.triton.params import (
 from longattn.problem import Problem
 
 _SPLITS_AT_ONCE = 16
+_MULTIPROCESSORS = 132
 _COMPUTE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -81,5 +82,12 @@ def split_count(problem: Problem, programs: int, keys: int) -> int:
     longest = problem.nk
     if problem.mask.left is not None:
         longest = min(longest, problem.mask.left + problem.nq + problem.mask.sinks)
-    wanted = 2 * architecture.multiprocessors() // max(1, programs)
+    wanted = 2 * _multiprocessors() // max(1, programs)
     return max(1, min(wanted, longest // (config.LEAST_TILES * keys), config.MOST_SPLITS))
+
+
+def _multiprocessors() -> int:
+    """Of the current GPU; those of an H200 where there is none."""
+    if not torch.cuda.is_available():
+        return _MULTIPROCESSORS
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
