@@ -35,7 +35,6 @@ Step = Callable[[], Any]
 def main(tokens: int = 4096) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     whole = [torch.randn(1, heads, tokens, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     if dist.get_rank() == 0:
@@ -43,7 +42,6 @@ def main(tokens: int = 4096) -> None:
         print(f"{'mask':8} {'what':24} {'ms':>9} {'of one':>7} {'kB sent':>9}")
     for name, mask in (("full", {}), ("window", {"window": 256, "sinks": 4})):
         compare(name, mesh, whole, {"causal": True, **mask})
-    dist.destroy_process_group()
 
 
 def compare(name: str, mesh: DeviceMesh, whole: list[Tensor], mask: dict[str, Any]) -> None:
@@ -145,4 +143,6 @@ def count(step: Step) -> int:
 
 
 if __name__ == "__main__":
+    dist.init_process_group("gloo")
     main(*map(int, sys.argv[1:]))
+    dist.destroy_process_group()

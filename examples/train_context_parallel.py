@@ -39,6 +39,7 @@ def main(folder: str = "checkpoint", steps: int = 20, tokens: int = 2048) -> lis
     losses = train(model, batches, training, checkpoint=checkpoint, resume=resume, show_progress=first).losses
     if first and losses:
         print(f"{dist.get_world_size()} ranks, {tokens} tokens: loss {losses[0]:.3f} to {losses[-1]:.3f}")
+    dist.barrier()  # gloo's threads let go of their last tensors: they must not want the interpreter when it has ended
     dist.destroy_process_group()
     return losses
 
