@@ -1,0 +1,54 @@
+// From a call to the parameters of kernels: host code that knows no hardware.
+#pragma once
+
+#include <cstdint>
+
+#include "call.h"
+#include "hopper/launch.h"
+#include "kernels/visibility.h"
+
+namespace longattn::cuda {
+
+// The map of x [batch, heads, tokens, width] for tiles of so many rows. Where there is one of a kind its stride has no
+// meaning, but has to be legal.
+inline hopper::MapShape map_shape(const LongattnRows& x, int batch, int heads, int tokens, int width, int rows) {
+  const auto bytes = [&](int64_t stride, int count) {
+    return static_cast<uint64_t>(count == 1 ? width : stride) * sizeof(uint16_t);
+  };
+  return {{static_cast<uint64_t>(width), static_cast<uint64_t>(tokens), static_cast<uint64_t>(heads),
+           static_cast<uint64_t>(batch)},
+          {bytes(x.token, tokens), bytes(x.head, heads), bytes(x.batch, batch)},
+          {64, static_cast<uint32_t>(rows), 1, 1}};
+}
+
+inline Visibility visibility(const LongattnCall& call) {
+  const auto side = [](int32_t x) { return x < 0 || x > kUnbounded ? kUnbounded : x; };
+  const int left = side(call.left);
+  return {left,
+          side(call.right),
+          left < kUnbounded ? call.sinks : 0,
+          call.offset,
+          call.from_end,
+          call.offsets,
+          call.key_lens,
+          call.key_mask,
+          call.cu_seqlens_q,
+          call.cu_seqlens_k,
+          call.query_lens,
+          call.nq,
+          call.nk};
+}
+
+// Batch rows of the tensors.
+inline int memory_rows(const LongattnCall& call) { return call.cu_seqlens_q ? 1 : call.batch; }
+
+// Whether scores are more than products times a positive scale, or keys are hidden one by one.
+inline bool is_general(const LongattnCall& call) {
+  return call.key_mask || call.softcap > 0.0f || !(call.scale > 0.0f);
+}
+
+inline bool is_windowed(const Visibility& mask) { return mask.left < kUnbounded || mask.right < kUnbounded; }
+
+inline bool is_ragged(const LongattnCall& call) { return call.cu_seqlens_q || call.key_lens; }
+
+}  // namespace longattn::cuda

@@ -1,0 +1,511 @@
+// The forward: out = softmax(scores) V and its log-sums, by FlashAttention-3's plan (Shah et al., 2024).
+//
+// A block keeps running and takes tile after tile of queries. One warp fetches tiles of keys and values by TMA into rings
+// of two; each of two or three warpgroups has 64 rows. Of a step, the product of queries and keys j + 1 is started before
+// that of weights and values j, and the softmax of j + 1 runs under the latter; warpgroups take turns, so that one's
+// exponentials run under the others' products.
+//
+// Online softmax, in powers of two: with u = log2(e) * scale and m a row's greatest score so far,
+//   l = sum_j 2^(u s_j - u m),  O = sum_j 2^(u s_j - u m) v_j;  a greater m' shrinks both by 2^(u m - u m').
+#pragma once
+
+#include "hopper/bulk.h"
+#include "hopper/global.h"
+#include "hopper/mbarrier.h"
+#include "hopper/named_barrier.h"
+#include "hopper/proxy.h"
+#include "hopper/registers.h"
+#include "hopper/wgmma.h"
+#include "kernels/schedule.h"
+#include "kernels/tile.h"
+#include "kernels/visibility.h"
+
+namespace longattn::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = __builtin_inff();
+
+// What a kernel is compiled for.
+enum class Kind : int {
+  kFull,      // every key
+  kWindowed,  // causal, windows, sinks
+  kGeneral    // those, and key_mask, softcap, scales that are not positive
+};
+
+struct alignas(128) ForwardParams {
+  TensorMap q, k, v;
+  LongattnRows out;
+  float* lse;
+  Visibility mask;
+  Schedule schedule;
+  const float* sink_logits;
+  int32_t* next_tile;
+  int q_heads, group, head_dim, v_head_dim;
+  int tiles;
+  int ragged;  // a sequence may end before the tensor does: what follows may hold anything
+  float scale, softcap, unit;
+};
+
+template <class Element_, int Width_, int Warpgroups_, int Keys_, Kind Kind_>
+struct ForwardConfig {
+  using Element = Element_;
+  static constexpr int kWidth = Width_, kWarpgroups = Warpgroups_, kKeys = Keys_, kQueries = 64 * kWarpgroups;
+  static constexpr Kind kKind = Kind_;
+  static constexpr int kStages = 2, kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 56, kConsumerRegisters = kWarpgroups == 2 ? 232 : 152;
+  static constexpr bool kTakeTurns = kWidth < 256;  // wider heads have no registers left for it
+  static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= (kWarpgroups + 1) * (65536 / kThreads / 8 * 8));
+};
+
+template <class Config>
+struct ForwardLayout {
+  static constexpr int kStages = Config::kStages;
+  static constexpr int kQueryBytes = tile_bytes(Config::kQueries, Config::kWidth);
+  static constexpr int kKeyBytes = tile_bytes(Config::kKeys, Config::kWidth);
+  static constexpr int kKeyTiles = kQueryBytes, kValueTiles = kKeyTiles + kStages * kKeyBytes;
+  static constexpr int kShownBytes = 32;  // a bit for each key of a tile
+  static constexpr int kShown = kValueTiles + kStages * kKeyBytes, kTaken = kShown + kStages * kShownBytes;
+  static constexpr int kBarriers = kTaken + 16;
+  static constexpr int kBytes = kBarriers + 8 * (3 + 4 * kStages + 4) + 1024;  // and room to align
+  static_assert(kBytes <= 232448);
+
+  uint32_t base;
+
+  LONGATTN_DEVICE uint32_t queries() const { return base; }
+  LONGATTN_DEVICE uint32_t keys(int stage) const { return base + kKeyTiles + stage * kKeyBytes; }
+  LONGATTN_DEVICE uint32_t values(int stage) const { return base + kValueTiles + stage * kKeyBytes; }
+  LONGATTN_DEVICE uint32_t shown(int stage) const { return base + kShown + stage * kShownBytes; }
+  LONGATTN_DEVICE uint32_t taken(int slot) const { return base + kTaken + 4 * slot; }
+
+  LONGATTN_DEVICE uint32_t barrier(int i) const { return base + kBarriers + 8 * i; }
+  LONGATTN_DEVICE uint32_t queries_full() const { return barrier(0); }
+  LONGATTN_DEVICE uint32_t queries_empty() const { return barrier(1); }
+  LONGATTN_DEVICE uint32_t values_landed() const { return barrier(2); }  // but not yet fit for use
+  LONGATTN_DEVICE uint32_t keys_full(int stage) const { return barrier(3 + stage); }
+  LONGATTN_DEVICE uint32_t keys_empty(int stage) const { return barrier(3 + kStages + stage); }
+  LONGATTN_DEVICE uint32_t values_full(int stage) const { return barrier(3 + 2 * kStages + stage); }
+  LONGATTN_DEVICE uint32_t values_empty(int stage) const { return barrier(3 + 3 * kStages + stage); }
+  LONGATTN_DEVICE uint32_t taken_full(int slot) const { return barrier(3 + 4 * kStages + slot); }
+  LONGATTN_DEVICE uint32_t taken_empty(int slot) const { return barrier(5 + 4 * kStages + slot); }
+
+  LONGATTN_DEVICE void init() const {
+    constexpr int kWarps = 4 * Config::kWarpgroups;  // that say when they no longer need a tile
+    mbarrier_init(queries_full(), 1);
+    mbarrier_init(queries_empty(), kWarps);
+    mbarrier_init(values_landed(), 1);
+    mbarrier_name(queries_full(), "queries_full");
+    mbarrier_name(queries_empty(), "queries_empty");
+    mbarrier_name(values_landed(), "values_landed");
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(keys_full(i), 1);
+      mbarrier_init(keys_empty(i), kWarps);
+      mbarrier_init(values_full(i), 1);
+      mbarrier_init(values_empty(i), kWarps);
+      mbarrier_name(keys_full(i), "keys_full", i);
+      mbarrier_name(keys_empty(i), "keys_empty", i);
+      mbarrier_name(values_full(i), "values_full", i);
+      mbarrier_name(values_empty(i), "values_empty", i);
+    }
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(taken_full(i), 1);
+      mbarrier_init(taken_empty(i), kWarps);
+      mbarrier_name(taken_full(i), "taken_full", i);
+      mbarrier_name(taken_empty(i), "taken_empty", i);
+    }
+    fence_mbarrier_init();
+  }
+};
+
+// A tile of queries of one head, and the tiles of keys that it sees.
+struct ForwardTile {
+  int b, h, first_query;
+  Sequence s;
+  KeyTiles keys;
+};
+
+template <class Config>
+LONGATTN_DEVICE ForwardTile forward_tile(const ForwardParams& p, int t) {
+  const ScheduledTile scheduled = tile_at(p.schedule, t);
+  ForwardTile tile;
+  tile.b = scheduled.head / p.q_heads;
+  tile.h = scheduled.head - tile.b * p.q_heads;
+  tile.first_query = scheduled.query_tile * Config::kQueries;
+  tile.s = sequence(p.mask, tile.b);
+  const int last = smaller(tile.first_query + Config::kQueries, tile.s.nq) - 1;
+  tile.keys = key_tiles(p.mask, tile.s, tile.s.shift + tile.first_query, tile.s.shift + last, Config::kKeys);
+  if (tile.first_query > last) tile.keys.end = tile.keys.first = tile.keys.sinks = 0;
+  return tile;
+}
+
+// One warp: takes tiles, and fetches what they need.
+template <class Config>
+struct ForwardProducer {
+  using Layout = ForwardLayout<Config>;
+  static constexpr int kKeys = Config::kKeys;
+  const ForwardParams& p;
+  const Layout layout;
+  const int lane = thread_index() % 32;
+  // Fresh barriers count as empty.
+  Ring<Config::kStages> key_ring{0, 1}, value_ring{0, 1};
+  uint32_t query_parity = 1, landed_parity = 0, taken = 0;
+
+  LONGATTN_DEVICE void run() {
+    int t = block_index().x;
+#pragma unroll 1
+    while (true) {
+      announce(t);
+      if (t >= p.tiles) break;
+      const int next = block_count().x + from_lane(lane == 0 ? fetch_add(p.next_tile, 1) : 0, 0);
+      const ForwardTile tile = forward_tile<Config>(p, t);
+      if (tile.keys.count()) fetch_all(tile);
+      t = next;
+    }
+  }
+
+  LONGATTN_DEVICE void announce(int t) {
+    const int slot = taken & 1;
+    mbarrier_wait(layout.taken_empty(slot), (taken >> 1 & 1) ^ 1);
+    if (lane == 0) {
+      store_shared(layout.taken(slot), static_cast<uint32_t>(t));
+      mbarrier_arrive(layout.taken_full(slot));
+    }
+    sync_warp();
+    ++taken;
+  }
+
+  // In the order in which they are needed: queries, keys 0, then keys i + 1 before values i.
+  LONGATTN_DEVICE void fetch_all(const ForwardTile& tile) {
+    mbarrier_wait(layout.queries_empty(), query_parity);
+    query_parity ^= 1;
+    if (lane == 0) {
+      mbarrier_arrive_expect(layout.queries_full(), Layout::kQueryBytes);
+      fetch<Config::kQueries, Config::kWidth>(layout.queries(), &p.q, layout.queries_full(),
+                                              tile.s.q_start + tile.first_query, tile.h, tile.s.row, kEvictFirst);
+    }
+    const int count = tile.keys.count();
+    fetch_keys(tile, tile.keys.at(0));
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      if (i + 1 < count) fetch_keys(tile, tile.keys.at(i + 1));
+      fetch_values(tile, tile.keys.at(i));
+    }
+  }
+
+  LONGATTN_DEVICE bool is_shown(const ForwardTile& tile, int j) const {
+    return j < tile.s.nk && (!p.mask.key_mask || p.mask.key_mask[static_cast<int64_t>(tile.b) * p.mask.nk + j]);
+  }
+
+  LONGATTN_DEVICE void fetch_keys(const ForwardTile& tile, int n) {
+    mbarrier_wait(layout.keys_empty(key_ring.stage), key_ring.parity);
+    if constexpr (Config::kKind == Kind::kGeneral) {
+#pragma unroll 1
+      for (int word = 0; word < (kKeys + 31) / 32; ++word) {
+        const uint32_t bits = ballot(is_shown(tile, n * kKeys + word * 32 + lane));
+        if (lane == 0) store_shared(layout.shown(key_ring.stage) + 4 * word, bits);
+      }
+    }
+    if (lane == 0) {
+      const uint32_t full = layout.keys_full(key_ring.stage);
+      mbarrier_arrive_expect(full, Layout::kKeyBytes);
+      fetch<kKeys, Config::kWidth>(layout.keys(key_ring.stage), &p.k, full, tile.s.k_start + n * kKeys,
+                                   tile.h / p.group, tile.s.row, kEvictLast);
+    }
+    sync_warp();
+    key_ring.advance();
+  }
+
+  LONGATTN_DEVICE void fetch_values(const ForwardTile& tile, int n) {
+    const uint32_t to = layout.values(value_ring.stage), full = layout.values_full(value_ring.stage);
+    const bool clear = p.ragged && (n + 1) * kKeys > tile.s.nk || Config::kKind == Kind::kGeneral && p.mask.key_mask;
+    const uint32_t landed = clear ? layout.values_landed() : full;
+    mbarrier_wait(layout.values_empty(value_ring.stage), value_ring.parity);
+    if (lane == 0) {
+      mbarrier_arrive_expect(landed, Layout::kKeyBytes);
+      fetch<kKeys, Config::kWidth>(to, &p.v, landed, tile.s.k_start + n * kKeys, tile.h / p.group, tile.s.row,
+                                   kEvictLast);
+    }
+    if (clear) {
+      mbarrier_wait(landed, landed_parity);
+      landed_parity ^= 1;
+#pragma unroll 1
+      for (int row = lane; row < kKeys; row += 32)
+        if (!is_shown(tile, n * kKeys + row)) clear_row<kKeys, Config::kWidth>(to, row);
+      fence_proxy_async_shared();
+      sync_warp();
+      if (lane == 0) mbarrier_arrive(full);
+    }
+    sync_warp();
+    value_ring.advance();
+  }
+};
+
+// A warpgroup: 64 rows of each tile.
+template <class Config>
+struct ForwardConsumer {
+  using Element = typename Config::Element;
+  using Layout = ForwardLayout<Config>;
+  using Scores = Wgmma<Element, Config::kKeys>;
+  using Outputs = Wgmma<Element, Config::kWidth>;
+  static constexpr int kKeys = Config::kKeys, kWidth = Config::kWidth, kThreadsOfTwo = 256;
+  static constexpr bool kGeneral = Config::kKind == Kind::kGeneral;
+
+  const ForwardParams& p;
+  const Layout layout;
+  const int warpgroup;  // 0 to kWarpgroups - 1
+  const int lane = thread_index() % 32, column = 2 * (thread_index() % 4);
+  Ring<Config::kStages> key_ring{0, 0}, value_ring{0, 0};
+  uint32_t query_parity = 0, taken = 0;
+  float S[kKeys / 2], O[kWidth / 2], top[2], sum[2], shrink[2];
+  uint32_t P[kKeys / 4];
+  int position[2];  // of this thread's rows
+
+  LONGATTN_DEVICE void run() {
+    if constexpr (Config::kTakeTurns)
+      if (warpgroup == Config::kWarpgroups - 1) named_barrier_arrive(1, kThreadsOfTwo);  // the first may begin
+#pragma unroll 1
+    while (true) {
+      const int t = next_tile();
+      if (t >= p.tiles) break;
+      const ForwardTile tile = forward_tile<Config>(p, t);
+      const int row = tile.first_query + warpgroup * 64 + thread_index() / 32 % 4 * 16 + lane / 4;
+      position[0] = tile.s.shift + row;
+      position[1] = position[0] + 8;
+#pragma unroll
+      for (int i = 0; i < kWidth / 2; ++i) O[i] = 0.0f;
+      top[0] = top[1] = -kInfinity;
+      sum[0] = sum[1] = 0.0f;
+      if (tile.keys.count()) attend(tile);
+      finish(tile, row);
+    }
+  }
+
+  LONGATTN_DEVICE int next_tile() {
+    const int slot = taken & 1;
+    mbarrier_wait(layout.taken_full(slot), taken >> 1 & 1);
+    const int t = static_cast<int>(load_shared(layout.taken(slot)));
+    release(layout.taken_empty(slot));
+    ++taken;
+    return from_lane(t, 0);
+  }
+
+  LONGATTN_DEVICE void release(uint32_t barrier) {
+    sync_warp();
+    if (lane == 0) mbarrier_arrive(barrier);
+  }
+
+  LONGATTN_DEVICE void attend(const ForwardTile& tile) {
+    const KeyTiles& keys = tile.keys;
+    mbarrier_wait(layout.queries_full(), query_parity);
+    query_parity ^= 1;
+    // Scores of the first tile of keys; nothing to overlap them with yet.
+    mbarrier_wait(layout.keys_full(key_ring.stage), key_ring.parity);
+    wgmma_fence();
+    start_scores();
+    wgmma_wait<0>();
+    pin(S);
+    finish_keys<true, true>(tile, keys.at(0));
+    softmax<true>();
+    round_weights();
+    int i = 1;
+    if constexpr (Config::kKind == Kind::kFull) {
+#pragma unroll 1
+      for (; i < keys.count(); ++i) step<false, false>(tile, keys.at(i));
+    } else if constexpr (kGeneral) {
+#pragma unroll 1
+      for (; i < keys.count(); ++i) step<true, true>(tile, keys.at(i));
+    } else {
+#pragma unroll 1
+      for (; i < keys.end - keys.full_end; ++i) step<true, true>(tile, keys.at(i));
+#pragma unroll 1
+      for (; i < keys.end - keys.full_first; ++i) step<false, false>(tile, keys.at(i));
+#pragma unroll 1
+      for (; i < keys.count(); ++i) step<false, true>(tile, keys.at(i));
+    }
+    release(layout.queries_empty());
+    // Values of the last.
+    mbarrier_wait(layout.values_full(value_ring.stage), value_ring.parity);
+    pin(O);
+    pin(P);
+    wgmma_fence();
+    start_outputs();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] += from_lane_xor(sum[r], 1);
+      sum[r] += from_lane_xor(sum[r], 2);
+    }
+    wgmma_wait<0>();
+    pin(O);
+    release(layout.values_empty(value_ring.stage));
+    value_ring.advance();
+  }
+
+  // Scores of tile n, and with the weights of the tile before, its outputs.
+  template <bool Right, bool Left>
+  LONGATTN_DEVICE void step(const ForwardTile& tile, int n) {
+    mbarrier_wait(layout.keys_full(key_ring.stage), key_ring.parity);
+    if constexpr (Config::kTakeTurns) named_barrier_sync(1 + warpgroup, kThreadsOfTwo);
+    pin(O);
+    pin(P);
+    wgmma_fence();
+    start_scores();
+    mbarrier_wait(layout.values_full(value_ring.stage), value_ring.parity);
+    wgmma_fence();
+    start_outputs();
+    if constexpr (Config::kTakeTurns) named_barrier_arrive(1 + (warpgroup + 1) % Config::kWarpgroups, kThreadsOfTwo);
+    wgmma_wait<1>();
+    pin(S);
+    finish_keys<Right, Left>(tile, n);
+    softmax<false>();
+    compute_before(sum[0], sum[1]);
+    pin(S);
+    wgmma_wait<0>();
+    pin(O);
+    pin(S);
+    release(layout.values_empty(value_ring.stage));
+    value_ring.advance();
+    round_weights();
+#pragma unroll
+    for (int i = 0; i < kWidth / 2; ++i) O[i] *= shrink[i / 2 % 2];
+  }
+
+  // S = Q K^T
+  LONGATTN_DEVICE void start_scores() {
+    const uint32_t q = descriptor(layout.queries() + warpgroup * 64 * kRowBytes, 16);
+    const uint32_t k = descriptor(layout.keys(0), 16) + key_ring.stage * (Layout::kKeyBytes >> 4);
+    Scores::template multiply<kAlongK, kAlongK>(S, q, k);
+#pragma unroll
+    for (int i = 1; i < kWidth / 16; ++i)
+      Scores::template multiply_add<kAlongK, kAlongK>(S, q + along_columns(i, Config::kQueries),
+                                                      k + along_columns(i, kKeys));
+    wgmma_commit();
+  }
+
+  // O += P V
+  LONGATTN_DEVICE void start_outputs() {
+    const uint32_t v = descriptor(layout.values(0), kKeys * kRowBytes) + value_ring.stage * (Layout::kKeyBytes >> 4);
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) Outputs::template multiply_add<kAlongMN>(O, P + 4 * i, v + along_rows(i));
+    wgmma_commit();
+  }
+
+  // What makes products scores, and hides what is not seen.
+  template <bool Right, bool Left>
+  LONGATTN_DEVICE void finish_keys(const ForwardTile& tile, int n) {
+    uint32_t shown[(kKeys + 31) / 32];
+    if constexpr (kGeneral) {
+#pragma unroll
+      for (int word = 0; word < (kKeys + 31) / 32; ++word)
+        shown[word] = load_shared(layout.shown(key_ring.stage) + 4 * word) >> column;
+    }
+    release(layout.keys_empty(key_ring.stage));
+    key_ring.advance();
+    if constexpr (kGeneral) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) S[i] *= p.scale;
+      if (p.softcap > 0.0f) {
+        const float inner = 2.0f * kLog2E / p.softcap;
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i)  // tanh x = 1 - 2 / (1 + e^2x)
+          S[i] = p.softcap - 2.0f * p.softcap * reciprocal_approx(1.0f + exp2_approx(S[i] * inner));
+      }
+    }
+    if constexpr (Right || Left || kGeneral) {
+      const int first = n * kKeys + column;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        int stop = tile.s.nk;
+        if constexpr (Config::kKind != Kind::kFull) stop = smaller(stop, position[r] + p.mask.right + 1);
+        stop -= first;
+        const int start = position[r] - p.mask.left - first, sinks = p.mask.sinks - first;
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int c = 8 * j + e;
+            bool hidden = false;
+            if constexpr (Right) hidden |= c >= stop;
+            if constexpr (Left && Config::kKind != Kind::kFull) hidden |= c < start && c >= sinks;
+            if constexpr (kGeneral) hidden |= !(shown[c / 32] >> c % 32 & 1);
+            float& x = S[4 * j + 2 * r + e];
+            x = hidden ? -kInfinity : x;
+          }
+      }
+    }
+  }
+
+  // S becomes weights; top, sum and shrink follow.
+  template <bool First>
+  LONGATTN_DEVICE void softmax() {
+    float high[2][2] = {{S[0], S[1]}, {S[2], S[3]}};  // chains of maxima that do not wait for each other
+#pragma unroll
+    for (int i = 4; i < kKeys / 2; ++i) high[i / 2 % 2][i % 2] = fmaxf(high[i / 2 % 2][i % 2], S[i]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float now = fmaxf(high[r][0], high[r][1]);
+      now = fmaxf(now, from_lane_xor(now, 1));
+      now = fmaxf(now, from_lane_xor(now, 2));
+      if constexpr (!First) {
+        now = fmaxf(now, top[r]);
+        shrink[r] = exp2_approx((top[r] - (now == -kInfinity ? 0.0f : now)) * p.unit);
+      }
+      top[r] = now;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float base = top[r] == -kInfinity ? 0.0f : top[r] * p.unit;  // a row that has seen nothing so far
+      float part[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = S[4 * j + 2 * r + e];
+          x = exp2_approx(fmaf(x, p.unit, -base));
+          part[e] += x;
+        }
+      sum[r] = First ? part[0] + part[1] : fmaf(sum[r], shrink[r], part[0] + part[1]);
+    }
+  }
+
+  LONGATTN_DEVICE void round_weights() {
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) P[i] = pack<Element>(S[2 * i], S[2 * i + 1]);
+  }
+
+  // A sink logit is one more key without a value.
+  LONGATTN_DEVICE void finish(const ForwardTile& tile, int row) {
+    const float sink = p.sink_logits ? p.sink_logits[tile.h] * kLog2E : -kInfinity;
+    float factor[2];
+    uint16_t* rows[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float own = top[r] == -kInfinity ? -kInfinity : top[r] * p.unit, high = fmaxf(own, sink);
+      const float base = high == -kInfinity ? 0.0f : high, weight = exp2_approx(own - base);
+      const float total = sum[r] * weight + exp2_approx(sink - base);
+      factor[r] = total == 0.0f ? 0.0f : weight / total;
+      const int i = row + 8 * r;
+      const bool exists = i < tile.s.nq;
+      rows[r] = exists ? row_of(p.out, tile.s.row, tile.h, tile.s.q_start + i) : nullptr;
+      if (exists && lane % 4 == 0)
+        p.lse[(static_cast<int64_t>(tile.s.row) * p.q_heads + tile.h) * p.mask.nq + tile.s.q_start + i] =
+            total == 0.0f ? -kInfinity : (base + log2_approx(total)) * kLn2;
+    }
+    store_rows<Element, kWidth>(O, factor, rows, p.v_head_dim);
+  }
+};
+
+template <class Config>
+LONGATTN_KERNEL(Config::kThreads) forward_kernel(LONGATTN_PARAMS ForwardParams p) {
+  const ForwardLayout<Config> layout{shared_base()};
+  if (thread_index() == 0) layout.init();
+  sync_block(Config::kThreads);
+  const int warpgroup = from_lane(thread_index() / 128, 0);
+  if (warpgroup == 0) {
+    release_registers<Config::kProducerRegisters>();
+    if (thread_index() < 32) ForwardProducer<Config>{p, layout}.run();
+  } else {
+    allocate_registers<Config::kConsumerRegisters>();
+    ForwardConsumer<Config>{p, layout, warpgroup - 1}.run();
+  }
+}
+
+}  // namespace longattn::cuda
