@@ -52,7 +52,7 @@ struct ForwardConfig {
   static constexpr int kWidth = Width_, kWarpgroups = Warpgroups_, kKeys = Keys_, kQueries = 64 * kWarpgroups;
   static constexpr Kind kKind = Kind_;
   static constexpr int kStages = 2, kThreads = 128 * (kWarpgroups + 1);
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 56, kConsumerRegisters = kWarpgroups == 2 ? 232 : 152;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32, kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
   static constexpr bool kTakeTurns = kWidth < 256;  // wider heads have no registers left for it
   static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= (kWarpgroups + 1) * (65536 / kThreads / 8 * 8));
 };
@@ -118,7 +118,7 @@ struct ForwardLayout {
 
 // A tile of queries of one head, and the tiles of keys that it sees.
 struct ForwardTile {
-  int b, h, first_query;
+  int b, h, kv_head, first_query;
   Sequence s;
   KeyTiles keys;
 };
@@ -129,6 +129,7 @@ LONGATTN_DEVICE ForwardTile forward_tile(const ForwardParams& p, int t) {
   ForwardTile tile;
   tile.b = scheduled.head / p.q_heads;
   tile.h = scheduled.head - tile.b * p.q_heads;
+  tile.kv_head = tile.h / p.group;
   tile.first_query = scheduled.query_tile * Config::kQueries;
   tile.s = sequence(p.mask, tile.b);
   const int last = smaller(tile.first_query + Config::kQueries, tile.s.nq) - 1;
@@ -208,7 +209,7 @@ struct ForwardProducer {
       const uint32_t full = layout.keys_full(key_ring.stage);
       mbarrier_arrive_expect(full, Layout::kKeyBytes);
       fetch<kKeys, Config::kWidth>(layout.keys(key_ring.stage), &p.k, full, tile.s.k_start + n * kKeys,
-                                   tile.h / p.group, tile.s.row, kEvictLast);
+                                   tile.kv_head, tile.s.row, kEvictLast);
     }
     sync_warp();
     key_ring.advance();
@@ -221,7 +222,7 @@ struct ForwardProducer {
     mbarrier_wait(layout.values_empty(value_ring.stage), value_ring.parity);
     if (lane == 0) {
       mbarrier_arrive_expect(landed, Layout::kKeyBytes);
-      fetch<kKeys, Config::kWidth>(to, &p.v, landed, tile.s.k_start + n * kKeys, tile.h / p.group, tile.s.row,
+      fetch<kKeys, Config::kWidth>(to, &p.v, landed, tile.s.k_start + n * kKeys, tile.kv_head, tile.s.row,
                                    kEvictLast);
     }
     if (clear) {

@@ -1,0 +1,42 @@
+// What the library exports, in C: longattn/backends/cuda/library.py calls it through ctypes.
+#include "host/attention.h"
+#include "host/plan.h"
+#include "host/table.h"
+
+#define LONGATTN_EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace longattn::cuda;
+
+LONGATTN_EXPORT int longattn_cuda_call_bytes() { return sizeof(LongattnCall); }
+
+// The widest heads of a forward and of a backward.
+LONGATTN_EXPORT int longattn_cuda_widest(int backward) {
+  return backward ? 0 : kForwardTable[std::size(kForwardTable) - 1].width;
+}
+
+// Like all below: nullptr, or what went wrong.
+LONGATTN_EXPORT const char* longattn_cuda_forward(const LongattnCall* call) {
+  switch (padded_width(kForwardTable, larger(call->head_dim, call->v_head_dim))) {
+    case 64:
+      return forward_of_width<64>(*call);
+    case 96:
+      return forward_of_width<96>(*call);
+    case 128:
+      return forward_of_width<128>(*call);
+    case 192:
+      return forward_of_width<192>(*call);
+    case 256:
+      return forward_of_width<256>(*call);
+  }
+  return "heads are at most 256 wide";
+}
+
+// Entries of the workspaces that a call needs: the forward's alone, unless it has the tensors of others.
+LONGATTN_EXPORT void longattn_cuda_workspace(const LongattnCall*, LongattnWorkspace* sizes) {
+  *sizes = {1, 0, 0, 0, 0};
+}
+
+LONGATTN_EXPORT const char* longattn_cuda_backward(const LongattnCall*) { return "missing"; }
+LONGATTN_EXPORT const char* longattn_cuda_append(const LongattnCall*) { return "missing"; }
+LONGATTN_EXPORT const char* longattn_cuda_decode(const LongattnCall*) { return "missing"; }
+LONGATTN_EXPORT const char* longattn_cuda_rope(const LongattnRope*) { return "missing"; }

@@ -1,0 +1,101 @@
+"""From a Problem and its Tensors to calls of the library: attention and its gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longattn.backends.cuda.library import Call, Library, Rows
+from longattn.problem import Problem, Tensors
+
+_UNIT = 8  # 16-bit numbers in 16 bytes: widths, and strides, are multiples
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x [B, H, N, D], or a copy that TMA can describe: rows of whole 16 bytes, padded with zeros, none of them shared."""
+    width = x.shape[3]
+    fits = not width % _UNIT and not x.data_ptr() % (2 * _UNIT)
+    for size, stride in zip(x.shape[:3], x.stride(), strict=False):
+        fits = fits and (size == 1 or (stride > 0 and not stride % _UNIT))
+    if fits:
+        return x
+    copy = x.new_zeros(*x.shape[:3], padded(width))
+    copy[..., :width].copy_(x)
+    return copy
+
+
+def empty_rows(x: Tensor) -> Tensor:
+    """x itself if kernels can write its rows, or an empty tensor of its shape, but for padding, whose rows they can."""
+    fits = not x.shape[3] % _UNIT and not x.data_ptr() % (2 * _UNIT) and not any(n % _UNIT for n in x.stride()[:3])
+    return x if fits else x.new_empty(*x.shape[:3], padded(x.shape[3]))
+
+
+def padded(width: int) -> int:
+    return math.ceil(width / _UNIT) * _UNIT
+
+
+def forward(library: Library, problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> None:
+    """Backend.forward."""
+    if problem.varlen or not problem.nk:  # tokens outside all sequences
+        out.zero_()
+        lse.fill_(-torch.inf)
+    if not out.numel() or not problem.nk:
+        if tensors.sink_logits is not None and not problem.varlen:
+            lse.copy_(tensors.sink_logits.float()[:, None].expand_as(lse))
+        return
+    call, keep = attention_call(problem, tensors)
+    rows = empty_rows(out)
+    if rows is not out and problem.varlen:
+        rows.zero_()
+    call.out, call.lse = Rows.of(rows), lse.data_ptr()
+    counters = torch.zeros(library.workspace(call).counters, dtype=torch.int32, device=out.device)
+    call.counters = counters.data_ptr()
+    library.run("forward", call)
+    if rows is not out:
+        out.copy_(rows[..., : problem.v_head_dim])
+    del keep
+
+
+def attention_call(problem: Problem, tensors: Tensors) -> tuple[Call, list[Any]]:
+    """The call but for its results, and the tensors that it points into."""
+    q, k, v = (aligned(x) for x in (tensors.q, tensors.k, tensors.v))
+    mask = problem.mask
+    call = Call(
+        batch=problem.batch,
+        q_heads=problem.q_heads,
+        kv_heads=problem.kv_heads,
+        nq=problem.nq,
+        nk=problem.nk,
+        head_dim=q.shape[3],
+        v_head_dim=v.shape[3],
+        is_bfloat16=problem.dtype == torch.bfloat16,
+        q=Rows.of(q),
+        k=Rows.of(k),
+        v=Rows.of(v),
+        left=-1 if mask.left is None else mask.left,
+        right=-1 if mask.right is None else mask.right,
+        sinks=mask.sinks,
+        offset=mask.offset,
+        from_end=mask.from_end,
+        max_seqlen_q=problem.max_seqlen_q,
+        max_seqlen_k=problem.max_seqlen_k,
+        scale=problem.scale,
+        softcap=problem.softcap,
+    )
+    keep: list[Any] = [q, k, v]
+    for name, x in (
+        ("offsets", tensors.offset),
+        ("key_lens", tensors.key_lens),
+        ("key_mask", tensors.key_mask),
+        ("cu_seqlens_q", tensors.cu_seqlens_q),
+        ("cu_seqlens_k", tensors.cu_seqlens_k),
+        ("sink_logits", None if tensors.sink_logits is None else tensors.sink_logits.float()),
+    ):
+        if x is not None:
+            x = x.contiguous()
+            keep.append(x)
+            setattr(call, name, x.data_ptr())
+    return call, keep
