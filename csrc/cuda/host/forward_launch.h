@@ -35,12 +35,12 @@ const char* launch_forward(const LongattnCall& call) {
   p.softcap = call.softcap;
   p.unit = plain ? call.scale * kLog2E : kLog2E;
 
-  const int longest = call.cu_seqlens_q ? call.max_seqlen_q : call.nq, heads = call.batch * call.q_heads;
-  int64_t keys = call.cu_seqlens_k ? call.max_seqlen_k : call.nk;
+  const int heads = call.batch * call.q_heads;
+  int64_t keys = longest_keys(call);
   if (p.mask.left < kUnbounded && p.mask.right < kUnbounded)  // the tiles of a head that run at once see no more
     keys = std::min<int64_t>(keys, 4 * (static_cast<int64_t>(p.mask.left) + p.mask.right + 1));
   const int64_t bytes = keys * (call.head_dim + call.v_head_dim) * 2;
-  p.schedule = {ceil_divided(longest, Config::kQueries), heads, heads_together(heads, p.group, bytes),
+  p.schedule = {ceil_divided(longest_queries(call), Config::kQueries), heads, heads_together(heads, p.group, bytes),
                 Config::kKind != Kind::kFull};
   p.tiles = p.schedule.query_tiles * heads;
   if (!p.tiles) return nullptr;
@@ -52,7 +52,7 @@ const char* launch_forward(const LongattnCall& call) {
 template <class Element, int Width>
 const char* forward_of_element(const LongattnCall& call) {
   constexpr ForwardRow kRow = forward_row(Width);
-  if (is_general(call))
+  if (has_other_scores(call) || call.key_mask)
     return launch_forward<ForwardConfig<Element, Width, kRow.general.warpgroups, kRow.general.keys, Kind::kGeneral>>(
         call);
   if (is_windowed(visibility(call)))

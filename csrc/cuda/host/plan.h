@@ -5,6 +5,7 @@
 
 #include "call.h"
 #include "hopper/launch.h"
+#include "kernels/rows.h"
 #include "kernels/visibility.h"
 
 namespace longattn::cuda {
@@ -42,13 +43,20 @@ inline Visibility visibility(const LongattnCall& call) {
 // Batch rows of the tensors.
 inline int memory_rows(const LongattnCall& call) { return call.cu_seqlens_q ? 1 : call.batch; }
 
-// Whether scores are more than products times a positive scale, or keys are hidden one by one.
-inline bool is_general(const LongattnCall& call) {
-  return call.key_mask || call.softcap > 0.0f || !(call.scale > 0.0f);
-}
+// Whether scores are more than products times a positive scale.
+inline bool has_other_scores(const LongattnCall& call) { return call.softcap > 0.0f || !(call.scale > 0.0f); }
 
 inline bool is_windowed(const Visibility& mask) { return mask.left < kUnbounded || mask.right < kUnbounded; }
 
 inline bool is_ragged(const LongattnCall& call) { return call.cu_seqlens_q || call.key_lens; }
+
+// Tiles of so many queries that a sequence has at most, and that all sequences have together.
+inline int longest_queries(const LongattnCall& call) { return call.cu_seqlens_q ? call.max_seqlen_q : call.nq; }
+inline int longest_keys(const LongattnCall& call) { return call.cu_seqlens_k ? call.max_seqlen_k : call.nk; }
+inline RowTiles row_tiles(const LongattnCall& call, int size) {
+  if (call.cu_seqlens_q) return {call.nq / size + call.batch, 0};
+  const int tiles = ceil_divided(call.nq, size);
+  return {call.batch * tiles, tiles};
+}
 
 }  // namespace longattn::cuda

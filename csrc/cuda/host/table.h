@@ -28,6 +28,18 @@ constexpr ForwardRow forward_row(int width) {
   return {};
 }
 
+// Tiles of 128 keys by so many queries.
+struct BackwardRow {
+  int width, queries;
+};
+constexpr BackwardRow kBackwardTable[] = {{64, 128}, {128, 64}};
+
+constexpr int backward_queries(int width) {
+  for (const BackwardRow& row : kBackwardTable)
+    if (row.width == width) return row.queries;
+  return 0;
+}
+
 // The smallest width that a head fits, 0 if none does: the rest is zeros that TMA fills in.
 template <class Row, int Count>
 constexpr int padded_width(const Row (&table)[Count], int width) {

@@ -192,16 +192,12 @@ struct ForwardProducer {
     }
   }
 
-  LONGATTN_DEVICE bool is_shown(const ForwardTile& tile, int j) const {
-    return j < tile.s.nk && (!p.mask.key_mask || p.mask.key_mask[static_cast<int64_t>(tile.b) * p.mask.nk + j]);
-  }
-
   LONGATTN_DEVICE void fetch_keys(const ForwardTile& tile, int n) {
     mbarrier_wait(layout.keys_empty(key_ring.stage), key_ring.parity);
     if constexpr (Config::kKind == Kind::kGeneral) {
 #pragma unroll 1
       for (int word = 0; word < (kKeys + 31) / 32; ++word) {
-        const uint32_t bits = ballot(is_shown(tile, n * kKeys + word * 32 + lane));
+        const uint32_t bits = ballot(is_shown(p.mask, tile.b, tile.s, n * kKeys + word * 32 + lane));
         if (lane == 0) store_shared(layout.shown(key_ring.stage) + 4 * word, bits);
       }
     }
@@ -217,7 +213,7 @@ struct ForwardProducer {
 
   LONGATTN_DEVICE void fetch_values(const ForwardTile& tile, int n) {
     const uint32_t to = layout.values(value_ring.stage), full = layout.values_full(value_ring.stage);
-    const bool clear = p.ragged && (n + 1) * kKeys > tile.s.nk || Config::kKind == Kind::kGeneral && p.mask.key_mask;
+    const bool clear = (p.ragged && (n + 1) * kKeys > tile.s.nk) || (Config::kKind == Kind::kGeneral && p.mask.key_mask);
     const uint32_t landed = clear ? layout.values_landed() : full;
     mbarrier_wait(layout.values_empty(value_ring.stage), value_ring.parity);
     if (lane == 0) {
@@ -230,7 +226,7 @@ struct ForwardProducer {
       landed_parity ^= 1;
 #pragma unroll 1
       for (int row = lane; row < kKeys; row += 32)
-        if (!is_shown(tile, n * kKeys + row)) clear_row<kKeys, Config::kWidth>(to, row);
+        if (!is_shown(p.mask, tile.b, tile.s, n * kKeys + row)) clear_row<kKeys, Config::kWidth>(to, row);
       fence_proxy_async_shared();
       sync_warp();
       if (lane == 0) mbarrier_arrive(full);

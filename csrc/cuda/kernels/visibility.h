@@ -48,6 +48,11 @@ LONGATTN_HOST_DEVICE Sequence sequence(const Visibility& v, int b) {
   return s;
 }
 
+// Whether anyone may see key j of sequence b, as far as the key alone says.
+LONGATTN_HOST_DEVICE bool is_shown(const Visibility& v, int b, const Sequence& s, int j) {
+  return j < s.nk && (!v.key_mask || v.key_mask[static_cast<int64_t>(b) * v.nk + j]);
+}
+
 // The tiles of `size` keys that queries at positions lowest..highest see some key of: [0, sinks), then [first, end); of
 // the latter, all of them see all of [full_first, full_end).
 struct KeyTiles {

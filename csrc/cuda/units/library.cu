@@ -1,4 +1,6 @@
 // What the library exports, in C: longattn/backends/cuda/library.py calls it through ctypes.
+#include <iterator>
+
 #include "host/attention.h"
 #include "host/plan.h"
 #include "host/table.h"
@@ -11,7 +13,19 @@ LONGATTN_EXPORT int longattn_cuda_call_bytes() { return sizeof(LongattnCall); }
 
 // The widest heads of a forward and of a backward.
 LONGATTN_EXPORT int longattn_cuda_widest(int backward) {
-  return backward ? 0 : kForwardTable[std::size(kForwardTable) - 1].width;
+  return backward ? std::end(kBackwardTable)[-1].width : std::end(kForwardTable)[-1].width;
+}
+
+// Entries of the workspaces that a call and its backward need.
+LONGATTN_EXPORT void longattn_cuda_workspace(const LongattnCall* call, LongattnWorkspace* sizes) {
+  *sizes = {1, 0, 0, 0, 0};
+  const int width = padded_width(kBackwardTable, larger(call->head_dim, call->v_head_dim));
+  if (!call->dout.data || !width) return;
+  const int queries = backward_queries(width);
+  const int64_t tiles = static_cast<int64_t>(call->q_heads) * row_tiles(*call, queries).of_head;
+  if (call->deterministic) sizes->counters = 2 * tiles;
+  sizes->row_terms = 2 * tiles * queries;
+  sizes->dq_sum = tiles * queries * width;
 }
 
 // Like all below: nullptr, or what went wrong.
@@ -31,12 +45,16 @@ LONGATTN_EXPORT const char* longattn_cuda_forward(const LongattnCall* call) {
   return "heads are at most 256 wide";
 }
 
-// Entries of the workspaces that a call needs: the forward's alone, unless it has the tensors of others.
-LONGATTN_EXPORT void longattn_cuda_workspace(const LongattnCall*, LongattnWorkspace* sizes) {
-  *sizes = {1, 0, 0, 0, 0};
+LONGATTN_EXPORT const char* longattn_cuda_backward(const LongattnCall* call) {
+  switch (padded_width(kBackwardTable, larger(call->head_dim, call->v_head_dim))) {
+    case 64:
+      return backward_of_width<64>(*call);
+    case 128:
+      return backward_of_width<128>(*call);
+  }
+  return "heads with gradients are at most 128 wide";
 }
 
-LONGATTN_EXPORT const char* longattn_cuda_backward(const LongattnCall*) { return "missing"; }
 LONGATTN_EXPORT const char* longattn_cuda_append(const LongattnCall*) { return "missing"; }
 LONGATTN_EXPORT const char* longattn_cuda_decode(const LongattnCall*) { return "missing"; }
 LONGATTN_EXPORT const char* longattn_cuda_rope(const LongattnRope*) { return "missing"; }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longattn.backends.base import Gradients
 from longattn.backends.cuda.library import Call, Library, Rows
 from longattn.problem import Problem, Tensors
 
@@ -57,6 +58,66 @@ def forward(library: Library, problem: Problem, tensors: Tensors, out: Tensor, l
     if rows is not out:
         out.copy_(rows[..., : problem.v_head_dim])
     del keep
+
+
+def backward(
+    library: Library,
+    problem: Problem,
+    tensors: Tensors,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    grads: Gradients,
+) -> None:
+    """Backend.backward."""
+    wanted = [x for x in grads[:3] if x is not None]
+    if problem.varlen or tensors.key_lens is not None or not problem.nk:  # tokens outside all sequences
+        for x in wanted:
+            x.zero_()
+    if not problem.nk or not problem.nq or not lse.numel():
+        for x in wanted:
+            x.zero_()
+        if grads.sink_logits is not None:
+            _sink_gradient(tensors, out, lse, dout, dlse, grads.sink_logits)
+        return
+    call, keep = attention_call(problem, tensors)
+    out, dout = aligned(out), aligned(dout)
+    dlse = None if dlse is None else dlse.contiguous()
+    call.out, call.dout, call.lse = Rows.of(out), Rows.of(dout), lse.data_ptr()
+    call.dlse = None if dlse is None else dlse.data_ptr()
+    call.deterministic = problem.deterministic
+    rows = []
+    for name, grad, x in zip(("dq", "dk", "dv"), grads, tensors, strict=False):
+        to = empty_rows(torch.empty_like(x, memory_format=torch.contiguous_format) if grad is None else grad)
+        if to is not grad and (problem.varlen or tensors.key_lens is not None):
+            to.zero_()
+        setattr(call, name, Rows.of(to))
+        rows.append(to)
+    sizes, device = library.workspace(call), lse.device
+    counters = torch.zeros(sizes.counters, dtype=torch.int32, device=device)
+    row_terms = torch.empty(sizes.row_terms, dtype=torch.float32, device=device)
+    dq_sum = torch.empty(sizes.dq_sum, dtype=torch.float32, device=device)
+    call.counters, call.row_terms, call.dq_sum = (x.data_ptr() for x in (counters, row_terms, dq_sum))
+    library.run("backward", call)
+    for to, grad in zip(rows, grads, strict=False):
+        if grad is not None and to is not grad:
+            grad.copy_(to[..., : grad.shape[3]])
+    if grads.sink_logits is not None:
+        _sink_gradient(tensors, out[..., : problem.v_head_dim], lse, dout, dlse, grads.sink_logits)
+    del keep
+
+
+def _sink_gradient(
+    tensors: Tensors, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, to: Tensor
+) -> None:
+    """A sink is a key without a value: dlogit_h = -sum_i weight_i delta_i, delta_i = dout_i . out_i - dlse_i."""
+    assert tensors.sink_logits is not None
+    delta = (dout[..., : out.shape[3]].float() * out.float()).sum(-1)
+    if dlse is not None:
+        delta -= dlse
+    weights = torch.exp(tensors.sink_logits.float()[:, None] - lse)
+    to.copy_(-torch.where(lse == -torch.inf, 0.0, weights * delta).sum((0, 2)))
 
 
 def attention_call(problem: Problem, tensors: Tensors) -> tuple[Call, list[Any]]:

@@ -67,7 +67,8 @@ class CudaBackend(Backend):
         dlse: Tensor | None,
         grads: Gradients,
     ) -> None:
-        raise NotImplementedError
+        with torch.cuda.device_of(out):
+            attention.backward(_library(), problem, tensors, out, lse, dout, dlse, grads)
 
     def append(self, problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
         raise NotImplementedError
