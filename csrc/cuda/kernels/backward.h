@@ -185,14 +185,14 @@ struct BackwardProducer {
 
   LONGATTN_DEVICE void fetch_queries(const Step& step) {
     const int stage = query_ring.stage;
-    mbarrier_wait(layout.queries_empty(stage), query_ring.parity);
+    wait_as_warp(layout.queries_empty(stage), query_ring.parity);
     fetch_rows(step, &p.q, layout.queries(stage), p.log_sums, layout.log_sums(stage), layout.queries_full(stage));
     query_ring.advance();
   }
 
   LONGATTN_DEVICE void fetch_outputs(const Step& step) {
     const int stage = output_ring.stage;
-    mbarrier_wait(layout.outputs_empty(stage), output_ring.parity);
+    wait_as_warp(layout.outputs_empty(stage), output_ring.parity);
     fetch_rows(step, &p.dout, layout.outputs(stage), p.delta, layout.delta(stage), layout.outputs_full(stage));
     output_ring.advance();
   }

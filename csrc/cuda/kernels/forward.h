@@ -165,7 +165,7 @@ struct ForwardProducer {
 
   LONGATTN_DEVICE void announce(int t) {
     const int slot = taken & 1;
-    mbarrier_wait(layout.taken_empty(slot), (taken >> 1 & 1) ^ 1);
+    wait_as_warp(layout.taken_empty(slot), (taken >> 1 & 1) ^ 1);
     if (lane == 0) {
       store_shared(layout.taken(slot), static_cast<uint32_t>(t));
       mbarrier_arrive(layout.taken_full(slot));
@@ -176,7 +176,7 @@ struct ForwardProducer {
 
   // In the order in which they are needed: queries, keys 0, then keys i + 1 before values i.
   LONGATTN_DEVICE void fetch_all(const ForwardTile& tile) {
-    mbarrier_wait(layout.queries_empty(), query_parity);
+    wait_as_warp(layout.queries_empty(), query_parity);
     query_parity ^= 1;
     if (lane == 0) {
       mbarrier_arrive_expect(layout.queries_full(), Layout::kQueryBytes);
@@ -193,7 +193,7 @@ struct ForwardProducer {
   }
 
   LONGATTN_DEVICE void fetch_keys(const ForwardTile& tile, int n) {
-    mbarrier_wait(layout.keys_empty(key_ring.stage), key_ring.parity);
+    wait_as_warp(layout.keys_empty(key_ring.stage), key_ring.parity);
     if constexpr (Config::kKind == Kind::kGeneral) {
 #pragma unroll 1
       for (int word = 0; word < (kKeys + 31) / 32; ++word) {
@@ -215,7 +215,7 @@ struct ForwardProducer {
     const uint32_t to = layout.values(value_ring.stage), full = layout.values_full(value_ring.stage);
     const bool clear = (p.ragged && (n + 1) * kKeys > tile.s.nk) || (Config::kKind == Kind::kGeneral && p.mask.key_mask);
     const uint32_t landed = clear ? layout.values_landed() : full;
-    mbarrier_wait(layout.values_empty(value_ring.stage), value_ring.parity);
+    wait_as_warp(layout.values_empty(value_ring.stage), value_ring.parity);
     if (lane == 0) {
       mbarrier_arrive_expect(landed, Layout::kKeyBytes);
       fetch<kKeys, Config::kWidth>(to, &p.v, landed, tile.s.k_start + n * kKeys, tile.kv_head, tile.s.row,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "call.h"
+#include "hopper/mbarrier.h"
 #include "hopper/numbers.h"
 #include "hopper/shared.h"
 #include "hopper/tensor_map.h"
@@ -72,6 +73,12 @@ LONGATTN_DEVICE void store_rows(const float (&x)[Width / 2], const float (&facto
       if (rows[r] && column < width)
         *reinterpret_cast<uint4*>(rows[r] + column) = make_uint4(words[0], words[1], words[2], words[3]);
     }
+}
+
+// A whole warp waits. One lane looks: the barrier may go through its next phase before a slow lane has seen this one.
+LONGATTN_DEVICE void wait_as_warp(uint32_t barrier, uint32_t parity) {
+  if (thread_index() % 32 == 0) mbarrier_wait(barrier, parity);
+  sync_warp();
 }
 
 LONGATTN_DEVICE uint16_t* row_of(const LongattnRows& x, int batch, int head, int token) {
