@@ -7,41 +7,35 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 EMULATOR = Path(__file__).resolve().parent
 CUDA = EMULATOR.parents[1] / "csrc" / "cuda"
 PROCESSES = 2
-# Headers of hopper/ are found beside the emulator first. Denormals and NaN keep their meaning.
-FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-march=native", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 
 
-def build(folder: Path, cuda: Path = CUDA, units: tuple[str, ...] = (), emulator_objects: Path | None = None) -> Path:
-    """Compile csrc/cuda/units/*.cu, or of it `units` alone, and the emulator, into folder/_cuda.so.
-
-    Args:
-        cuda: the kernels' sources; emulator_objects: where the emulator's objects lie already.
-    """
+def build(folder: Path) -> Path:
+    """folder/_cuda.so, of all units; what is newer than its sources stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    include = (f"-I{EMULATOR}", f"-I{cuda}")
-    sources = sorted((cuda / "units").glob("*.cu"))
-    sources = [source for source in sources if not units or source.stem in units]
-    jobs = [(source, folder / f"{source.stem}.o") for source in sources]
-    objects = [made for _, made in jobs]
-    if emulator_objects is None:
-        emulator = [(source, folder / f"emulator_{source.stem}.o") for source in sorted(EMULATOR.glob("*.cpp"))]
-        jobs += emulator
-        objects += [made for _, made in emulator]
-    else:
-        objects += sorted(emulator_objects.glob("emulator_*.o"))
-
-    def compile_one(job: tuple[Path, Path]) -> None:
-        run("g++", *FLAGS, *include, "-x", "c++", "-c", str(job[0]), "-o", str(job[1]))
-
+    sources = [*sorted((CUDA / "units").glob("*.cu")), *sorted(EMULATOR.glob("*.cpp"))]
     with ThreadPoolExecutor(PROCESSES) as pool:
-        list(pool.map(compile_one, jobs))
-    library = folder / "_cuda.so"
+        objects = list(pool.map(lambda source: compile_one(source, folder, "-O2"), sources))
+    return link(objects, folder / "_cuda.so")
+
+
+def compile_one(source: Path, folder: Path, *flags: str, cuda: Path = CUDA) -> Path:
+    """The object of one source. Headers of hopper/ are found beside the emulator, before those for nvcc."""
+    made = folder / f"{source.stem}.o"
+    newest = max(path.stat().st_mtime for root in (cuda, EMULATOR) for path in root.rglob("*") if path.is_file())
+    if not made.exists() or made.stat().st_mtime <= newest:
+        run("g++", *FLAGS, *flags, f"-I{EMULATOR}", f"-I{cuda}", "-x", "c++", "-c", str(source), "-o", str(made))
+    return made
+
+
+def link(objects: Sequence[Path], library: Path) -> Path:
     run("g++", "-shared", "-pthread", *map(str, objects), "-o", str(library))
     return library
 

@@ -11,12 +11,12 @@
 namespace longattn::cuda {
 
 // The map of x [batch, heads, tokens, width] for tiles of so many rows. Where there is one of a kind its stride has no
-// meaning, but has to be legal.
+// meaning, but has to be legal. No tokens at all are described as one, that nobody reads.
 inline hopper::MapShape map_shape(const LongattnRows& x, int batch, int heads, int tokens, int width, int rows) {
   const auto bytes = [&](int64_t stride, int count) {
-    return static_cast<uint64_t>(count == 1 ? width : stride) * sizeof(uint16_t);
+    return static_cast<uint64_t>(count <= 1 ? width : stride) * sizeof(uint16_t);
   };
-  return {{static_cast<uint64_t>(width), static_cast<uint64_t>(tokens), static_cast<uint64_t>(heads),
+  return {{static_cast<uint64_t>(width), static_cast<uint64_t>(larger(tokens, 1)), static_cast<uint64_t>(heads),
            static_cast<uint64_t>(batch)},
           {bytes(x.token, tokens), bytes(x.head, heads), bytes(x.batch, batch)},
           {64, static_cast<uint32_t>(rows), 1, 1}};

@@ -40,12 +40,10 @@ def padded(width: int) -> int:
 
 def forward(library: Library, problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> None:
     """Backend.forward."""
-    if problem.varlen or not problem.nk:  # tokens outside all sequences
+    if problem.varlen:  # tokens outside all sequences
         out.zero_()
         lse.fill_(-torch.inf)
-    if not out.numel() or not problem.nk:
-        if tensors.sink_logits is not None and not problem.varlen:
-            lse.copy_(tensors.sink_logits.float()[:, None].expand_as(lse))
+    if not out.numel():
         return
     call, keep = attention_call(problem, tensors)
     rows = empty_rows(out)
@@ -123,6 +121,8 @@ def _sink_gradient(
 def attention_call(problem: Problem, tensors: Tensors) -> tuple[Call, list[Any]]:
     """The call but for its results, and the tensors that it points into."""
     q, k, v = (aligned(x) for x in (tensors.q, tensors.k, tensors.v))
+    if not problem.nk:  # TMA describes no empty tensor
+        k, v = (x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in (k, v))
     mask = problem.mask
     call = Call(
         batch=problem.batch,
