@@ -16,7 +16,7 @@ class Fault(NamedTuple):
 
 
 FORWARD, BACKWARD = "kernels/forward.h", "kernels/backward.h"
-TILE, VISIBILITY, SCHEDULE = "kernels/tile.h", "kernels/visibility.h", "kernels/schedule.h"
+TILE, VISIBILITY = "kernels/tile.h", "kernels/visibility.h"
 LAST_VALUES = "wgmma_wait<0>();\n    pin(O);\n    pin(S);\n    release(layout.values_empty(value_ring.stage));"
 
 FAULTS = (
@@ -35,7 +35,7 @@ FAULTS = (
     Fault("phase that never turns", TILE, "parity ^= 1;", ""),
     Fault("phase of the queries", FORWARD, "query_parity ^= 1;", "", 2),
     Fault("phase of dO", BACKWARD, "output_ring{0, 1}", "output_ring{0, 0}"),
-    Fault("all lanes look at a barrier", TILE, "if (thread_index() % 32 == 0) mbarrier_wait", "mbarrier_wait"),
+    Fault("lanes that miss a phase", TILE, "if (thread_index() % 32 == 0) mbarrier_wait(barrier, parity);\n  sync_warp();", "mbarrier_wait(barrier, parity);"),
     # Waits.
     Fault("no wait for keys", FORWARD, "    mbarrier_wait(layout.keys_full(key_ring.stage), key_ring.parity);\n", "", 2),
     Fault("no wait for values", FORWARD, "    mbarrier_wait(layout.values_full(value_ring.stage), value_ring.parity);\n    wgmma_fence();", "    wgmma_fence();"),
@@ -47,14 +47,14 @@ FAULTS = (
     Fault("no wait for dO", BACKWARD, "if (i + 1 < tile.steps) mbarrier_wait(layout.outputs_full", "if (false) mbarrier_wait(layout.outputs_full"),
     Fault("dQ read early", BACKWARD, "wgmma_wait<1>();\n      pin(dQ);", "pin(dQ);"),
     Fault("dP read early", BACKWARD, "wgmma_wait<1>();\n      pin(dP);", "wgmma_wait<2>();\n      pin(dP);"),
-    Fault("half of the bytes expected", FORWARD, "arrive_expect(full, Layout::kKeyBytes)", "arrive_expect(full, Layout::kKeyBytes / 2)"),
+    Fault("half of the bytes expected", FORWARD, "        mbarrier_arrive_expect(full, Layout::kKeyBytes);", "        mbarrier_arrive_expect(full, Layout::kKeyBytes / 2);"),
     Fault("reduction not waited for", BACKWARD, "bulk_wait_read<0>();", ""),
     Fault("turn given before the sums are there", BACKWARD, "bulk_wait<0>();", "bulk_wait_read<0>();"),
     Fault("turn not waited for", BACKWARD, "          wait_until_equal", "          if (false) wait_until_equal"),
     # Fences.
     Fault("no fence after the barriers' init", FORWARD, "fence_mbarrier_init();", ""),
     Fault("no fence before the last values", FORWARD, "    pin(O);\n    pin(P);\n    wgmma_fence();\n    start_outputs();", "    start_outputs();"),
-    Fault("no fence of cleared values", FORWARD, "fence_proxy_async_shared();", ""),
+    Fault("no fence of cleared values", FORWARD, "clear_row<kKeys, Config::kWidth>(to, row);\n      fence_proxy_async_shared();", "clear_row<kKeys, Config::kWidth>(to, row);"),
     Fault("no fence of dS", BACKWARD, "fence_proxy_async_shared();\n      wgmma_wait<1>();", "wgmma_wait<1>();"),
     Fault("no fence of dQ", BACKWARD, "fence_proxy_async_shared();\n    named_barrier_arrive", "named_barrier_arrive"),
     Fault("no fence of cleared keys", BACKWARD, "    fence_proxy_async_shared();\n    sync_warp();", "    sync_warp();"),
@@ -71,7 +71,7 @@ FAULTS = (
     Fault("threads of a turn", FORWARD, "named_barrier_sync(1 + warpgroup, kThreadsOfTwo)", "named_barrier_sync(1 + warpgroup, 128)"),
     Fault("whose turn it is", FORWARD, "(warpgroup + 1) % Config", "(warpgroup + 2) % Config"),
     Fault("halves of dS not waited for", BACKWARD, "named_barrier_sync(kScoresReady, kBothWarpgroups);", ""),
-    Fault("more registers than there are", FORWARD, "kWarpgroups == 2 ? 232", "kWarpgroups == 2 ? 248"),
+    Fault("more registers than there are", FORWARD, "allocate_registers<Config::kConsumerRegisters>", "allocate_registers<248>"),
     # Masks and tiles of keys.
     Fault("right bound", FORWARD, "position[r] + p.mask.right + 1", "position[r] + p.mask.right"),
     Fault("left bound", FORWARD, "hidden |= c < start &&", "hidden |= c <= start &&"),
@@ -90,5 +90,4 @@ FAULTS = (
     Fault("sums of one lane", FORWARD, "      sum[r] += from_lane_xor(sum[r], 2);\n", ""),
     Fault("swizzle of dS", BACKWARD, "((lane >> 4) ^ (lane & 7)) << 4", "(lane >> 4) << 4"),
     Fault("rows of dS", BACKWARD, "16 * warp + lane % 16", "16 * warp + lane % 8"),
-    Fault("heads that start together", SCHEDULE, "in_group / size", "in_group / s.together"),
 )  # fmt: skip

@@ -15,7 +15,4 @@ const char* backward_of_width(const LongattnCall& call);
 template <int Width>
 const char* decode_of_width(const LongattnCall& call);
 
-const char* append(const LongattnCall& call);
-const char* rope(const LongattnRope& call);
-
 }  // namespace longattn::cuda

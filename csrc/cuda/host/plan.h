@@ -1,7 +1,9 @@
 // From a call to the parameters of kernels: host code that knows no hardware.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 #include "call.h"
 #include "hopper/launch.h"
@@ -57,6 +59,25 @@ inline RowTiles row_tiles(const LongattnCall& call, int size) {
   if (call.cu_seqlens_q) return {call.nq / size + call.batch, 0};
   const int tiles = ceil_divided(call.nq, size);
   return {call.batch * tiles, tiles};
+}
+
+// Rows of the boxes that fetch a tile of so many keys of a cache: a page of its own for each sequence is read as a tensor
+// is; smaller pages in pieces that pages and tiles are both made of, if swizzle patterns (8 rows) fit. 0: they do not.
+inline int cache_piece(const LongattnCall& call, int keys) {
+  if (call.table_width == 1) return keys;
+  const int piece = std::gcd(call.page_size, keys);
+  return piece % 8 ? 0 : piece;
+}
+
+// Blocks that share the keys of a tile of queries on a cache: enough for all processors, none with less than 4 tiles.
+inline int split_count(const LongattnCall& call) {
+  constexpr int kTiles = 4, kKeys = 64, kMost = 128;
+  const int rows = call.nq * (call.q_heads / call.kv_heads);
+  const int64_t blocks = static_cast<int64_t>(call.batch) * call.kv_heads * ceil_divided(rows, 64);
+  int64_t keys = call.nk;
+  if (call.left >= 0) keys = std::min<int64_t>(keys, static_cast<int64_t>(call.left) + call.nq + call.sinks);
+  const int64_t wanted = hopper::multiprocessors() / std::max<int64_t>(1, blocks);
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({wanted, keys / (kTiles * kKeys), kMost})));
 }
 
 }  // namespace longattn::cuda

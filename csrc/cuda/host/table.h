@@ -40,6 +40,14 @@ constexpr int backward_queries(int width) {
   return 0;
 }
 
+// Of calls on a cache, whose tiles are 64 rows of queries by so many keys.
+struct DecodeRow {
+  int width;
+};
+constexpr DecodeRow kDecodeWidths[] = {{64}, {128}, {256}};
+
+constexpr int decode_keys(int width) { return width <= 128 ? 128 : 64; }
+
 // The smallest width that a head fits, 0 if none does: the rest is zeros that TMA fills in.
 template <class Row, int Count>
 constexpr int padded_width(const Row (&table)[Count], int width) {

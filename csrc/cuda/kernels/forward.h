@@ -29,7 +29,8 @@ constexpr float kInfinity = __builtin_inff();
 enum class Kind : int {
   kFull,      // every key
   kWindowed,  // causal, windows, sinks
-  kGeneral    // those, and key_mask, softcap, scales that are not positive
+  kGeneral,   // those, and key_mask, softcap, scales that are not positive
+  kCached     // those but for key_mask, of few queries on a cache: the heads of a group packed in one tile, keys split
 };
 
 struct alignas(128) ForwardParams {
@@ -44,6 +45,13 @@ struct alignas(128) ForwardParams {
   int tiles;
   int ragged;  // a sequence may end before the tensor does: what follows may hold anything
   float scale, softcap, unit;
+
+  // On a cache. Row r of a key/value head's tile is query r / packed of the group's head r % packed.
+  const int32_t* table;  // [batch, table_width]: pages
+  int packed, splits, table_width, pages, page_size;
+  int piece;            // rows of a box: what tiles and pages are both made of; 0: too few, rows are copied one by one
+  LongattnRows k_rows, v_rows;
+  float *partial_out, *partial_lse;  // [splits, batch * kv_heads, rows, (width)]
 };
 
 template <class Element_, int Width_, int Warpgroups_, int Keys_, Kind Kind_>
@@ -51,10 +59,12 @@ struct ForwardConfig {
   using Element = Element_;
   static constexpr int kWidth = Width_, kWarpgroups = Warpgroups_, kKeys = Keys_, kQueries = 64 * kWarpgroups;
   static constexpr Kind kKind = Kind_;
+  static constexpr bool kCached = kKind == Kind::kCached, kGeneral = kKind == Kind::kGeneral || kCached;
   static constexpr int kStages = 2, kThreads = 128 * (kWarpgroups + 1);
+  // One warpgroup has all the registers it can use from the start.
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32, kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
-  static constexpr bool kTakeTurns = kWidth < 256;  // wider heads have no registers left for it
-  static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= (kWarpgroups + 1) * (65536 / kThreads / 8 * 8));
+  static constexpr bool kTakeTurns = kWarpgroups > 1 && kWidth < 256;  // wider heads have no registers left for it
+  static_assert(kWarpgroups == 1 || kProducerRegisters + kWarpgroups * kConsumerRegisters <= (kWarpgroups + 1) * (65536 / kThreads / 8 * 8));
 };
 
 template <class Config>
@@ -116,25 +126,32 @@ struct ForwardLayout {
   }
 };
 
-// A tile of queries of one head, and the tiles of keys that it sees.
+// A tile of queries of one head, and the tiles of keys that it visits: of those that it sees, `visits` from the first.
 struct ForwardTile {
-  int b, h, kv_head, first_query;
+  int b, h, kv_head, first_query, rows, split, first_visit, visits;
   Sequence s;
   KeyTiles keys;
+  LONGATTN_DEVICE int at(int i) const { return keys.at(first_visit + i); }
 };
 
 template <class Config>
 LONGATTN_DEVICE ForwardTile forward_tile(const ForwardParams& p, int t) {
-  const ScheduledTile scheduled = tile_at(p.schedule, t);
+  const int packed = Config::kCached ? p.packed : 1, splits = Config::kCached ? p.splits : 1;
+  const ScheduledTile scheduled = tile_at(p.schedule, t / splits);
   ForwardTile tile;
+  tile.split = t % splits;
   tile.b = scheduled.head / p.q_heads;
   tile.h = scheduled.head - tile.b * p.q_heads;
   tile.kv_head = tile.h / p.group;
   tile.first_query = scheduled.query_tile * Config::kQueries;
   tile.s = sequence(p.mask, tile.b);
-  const int last = smaller(tile.first_query + Config::kQueries, tile.s.nq) - 1;
-  tile.keys = key_tiles(p.mask, tile.s, tile.s.shift + tile.first_query, tile.s.shift + last, Config::kKeys);
-  if (tile.first_query > last) tile.keys.end = tile.keys.first = tile.keys.sinks = 0;
+  tile.rows = tile.s.nq * packed;
+  const int last = smaller(tile.first_query + Config::kQueries, tile.rows) - 1;
+  tile.keys = key_tiles(p.mask, tile.s, tile.s.shift + tile.first_query / packed, tile.s.shift + last / packed,
+                        Config::kKeys);
+  const int share = ceil_divided(tile.keys.count(), splits);
+  tile.first_visit = tile.split * share;
+  tile.visits = tile.first_query > last ? 0 : clamped(tile.keys.count() - tile.first_visit, 0, share);
   return tile;
 }
 
@@ -158,7 +175,7 @@ struct ForwardProducer {
       if (t >= p.tiles) break;
       const int next = block_count().x + from_lane(lane == 0 ? fetch_add(p.next_tile, 1) : 0, 0);
       const ForwardTile tile = forward_tile<Config>(p, t);
-      if (tile.keys.count()) fetch_all(tile);
+      if (tile.visits) fetch_all(tile);
       t = next;
     }
   }
@@ -183,44 +200,34 @@ struct ForwardProducer {
       fetch<Config::kQueries, Config::kWidth>(layout.queries(), &p.q, layout.queries_full(),
                                               tile.s.q_start + tile.first_query, tile.h, tile.s.row, kEvictFirst);
     }
-    const int count = tile.keys.count();
-    fetch_keys(tile, tile.keys.at(0));
+    fetch_keys(tile, tile.at(0));
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      if (i + 1 < count) fetch_keys(tile, tile.keys.at(i + 1));
-      fetch_values(tile, tile.keys.at(i));
+    for (int i = 0; i < tile.visits; ++i) {
+      if (i + 1 < tile.visits) fetch_keys(tile, tile.at(i + 1));
+      fetch_values(tile, tile.at(i));
     }
   }
 
   LONGATTN_DEVICE void fetch_keys(const ForwardTile& tile, int n) {
     wait_as_warp(layout.keys_empty(key_ring.stage), key_ring.parity);
-    if constexpr (Config::kKind == Kind::kGeneral) {
+    if constexpr (Config::kGeneral) {
 #pragma unroll 1
       for (int word = 0; word < (kKeys + 31) / 32; ++word) {
         const uint32_t bits = ballot(is_shown(p.mask, tile.b, tile.s, n * kKeys + word * 32 + lane));
         if (lane == 0) store_shared(layout.shown(key_ring.stage) + 4 * word, bits);
       }
     }
-    if (lane == 0) {
-      const uint32_t full = layout.keys_full(key_ring.stage);
-      mbarrier_arrive_expect(full, Layout::kKeyBytes);
-      fetch<kKeys, Config::kWidth>(layout.keys(key_ring.stage), &p.k, full, tile.s.k_start + n * kKeys,
-                                   tile.kv_head, tile.s.row, kEvictLast);
-    }
+    fetch_tile(tile, n, &p.k, p.k_rows, layout.keys(key_ring.stage), layout.keys_full(key_ring.stage));
     sync_warp();
     key_ring.advance();
   }
 
   LONGATTN_DEVICE void fetch_values(const ForwardTile& tile, int n) {
     const uint32_t to = layout.values(value_ring.stage), full = layout.values_full(value_ring.stage);
-    const bool clear = (p.ragged && (n + 1) * kKeys > tile.s.nk) || (Config::kKind == Kind::kGeneral && p.mask.key_mask);
+    const bool clear = (p.ragged && (n + 1) * kKeys > tile.s.nk) || (Config::kGeneral && p.mask.key_mask);
     const uint32_t landed = clear ? layout.values_landed() : full;
     wait_as_warp(layout.values_empty(value_ring.stage), value_ring.parity);
-    if (lane == 0) {
-      mbarrier_arrive_expect(landed, Layout::kKeyBytes);
-      fetch<kKeys, Config::kWidth>(to, &p.v, landed, tile.s.k_start + n * kKeys, tile.kv_head, tile.s.row,
-                                   kEvictLast);
-    }
+    fetch_tile(tile, n, &p.v, p.v_rows, to, landed);
     if (clear) {
       mbarrier_wait(landed, landed_parity);
       landed_parity ^= 1;
@@ -234,6 +241,51 @@ struct ForwardProducer {
     sync_warp();
     value_ring.advance();
   }
+
+  LONGATTN_DEVICE void fetch_tile(const ForwardTile& tile, int n, const TensorMap* map, const LongattnRows& rows,
+                                  uint32_t to, uint32_t full) {
+    if constexpr (Config::kCached) {
+      if (!p.piece) return copy_rows(tile, n, rows, to, full);
+      if (lane == 0) mbarrier_arrive_expect(full, Layout::kKeyBytes);
+      sync_warp();
+      // Past the end, the last keys again: nobody sees them, and the barrier counts whole tiles.
+      const int first = smaller(n * kKeys + lane * p.piece, (tile.s.nk - 1) / p.piece * p.piece);
+      if (lane * p.piece >= kKeys) return;
+#pragma unroll
+      for (int s = 0; s < slabs(Config::kWidth); ++s)
+        load_tile(to + (s * kKeys + lane * p.piece) * kRowBytes, map, full, s * kSlab, first % p.page_size,
+                  tile.kv_head, page(tile, first), kEvictFirst);
+    } else {
+      if (lane == 0) {
+        mbarrier_arrive_expect(full, Layout::kKeyBytes);
+        fetch<kKeys, Config::kWidth>(to, map, full, tile.s.k_start + n * kKeys, tile.kv_head, tile.s.row, kEvictLast);
+      }
+    }
+  }
+
+  LONGATTN_DEVICE int page(const ForwardTile& tile, int j) const {
+    return clamped(p.table[static_cast<int64_t>(tile.b) * p.table_width + j / p.page_size], 0, p.pages - 1);
+  }
+
+  // As TMA would have it, for pages that no box fits.
+  LONGATTN_DEVICE void copy_rows(const ForwardTile& tile, int n, const LongattnRows& rows, uint32_t to, uint32_t full) {
+    const int width = rows.token;
+#pragma unroll 1
+    for (int row = lane; row < kKeys; row += 32) {
+      const int j = n * kKeys + row;
+      const bool exists = j < tile.s.nk;
+      const uint16_t* from = exists ? row_of(rows, page(tile, j), tile.kv_head, j % p.page_size) : nullptr;
+#pragma unroll 1
+      for (int c = 0; c < slabs(Config::kWidth) * kSlab; c += 8) {
+        const uint4 x = exists && c < width ? *reinterpret_cast<const uint4*>(from + c) : make_uint4(0, 0, 0, 0);
+        store_shared(to + (c / kSlab * kKeys + row) * kRowBytes + ((c % kSlab / 8 ^ row % 8) << 4), x);
+      }
+    }
+    fence_proxy_async_shared();
+    sync_warp();
+    if (lane == 0) mbarrier_arrive(full);
+    sync_warp();
+  }
 };
 
 // A warpgroup: 64 rows of each tile.
@@ -244,7 +296,7 @@ struct ForwardConsumer {
   using Scores = Wgmma<Element, Config::kKeys>;
   using Outputs = Wgmma<Element, Config::kWidth>;
   static constexpr int kKeys = Config::kKeys, kWidth = Config::kWidth, kThreadsOfTwo = 256;
-  static constexpr bool kGeneral = Config::kKind == Kind::kGeneral;
+  static constexpr bool kGeneral = Config::kGeneral;
 
   const ForwardParams& p;
   const Layout layout;
@@ -265,13 +317,13 @@ struct ForwardConsumer {
       if (t >= p.tiles) break;
       const ForwardTile tile = forward_tile<Config>(p, t);
       const int row = tile.first_query + warpgroup * 64 + thread_index() / 32 % 4 * 16 + lane / 4;
-      position[0] = tile.s.shift + row;
-      position[1] = position[0] + 8;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) position[r] = tile.s.shift + (Config::kCached ? (row + 8 * r) / p.packed : row + 8 * r);
 #pragma unroll
       for (int i = 0; i < kWidth / 2; ++i) O[i] = 0.0f;
       top[0] = top[1] = -kInfinity;
       sum[0] = sum[1] = 0.0f;
-      if (tile.keys.count()) attend(tile);
+      if (tile.visits) attend(tile);
       finish(tile, row);
     }
   }
@@ -300,23 +352,23 @@ struct ForwardConsumer {
     start_scores();
     wgmma_wait<0>();
     pin(S);
-    finish_keys<true, true>(tile, keys.at(0));
+    finish_keys<true, true>(tile, tile.at(0));
     softmax<true>();
     round_weights();
     int i = 1;
     if constexpr (Config::kKind == Kind::kFull) {
 #pragma unroll 1
-      for (; i < keys.count(); ++i) step<false, false>(tile, keys.at(i));
+      for (; i < tile.visits; ++i) step<false, false>(tile, tile.at(i));
     } else if constexpr (kGeneral) {
 #pragma unroll 1
-      for (; i < keys.count(); ++i) step<true, true>(tile, keys.at(i));
+      for (; i < tile.visits; ++i) step<true, true>(tile, tile.at(i));
     } else {
 #pragma unroll 1
-      for (; i < keys.end - keys.full_end; ++i) step<true, true>(tile, keys.at(i));
+      for (; i < keys.end - keys.full_end; ++i) step<true, true>(tile, tile.at(i));
 #pragma unroll 1
-      for (; i < keys.end - keys.full_first; ++i) step<false, false>(tile, keys.at(i));
+      for (; i < keys.end - keys.full_first; ++i) step<false, false>(tile, tile.at(i));
 #pragma unroll 1
-      for (; i < keys.count(); ++i) step<false, true>(tile, keys.at(i));
+      for (; i < tile.visits; ++i) step<false, true>(tile, tile.at(i));
     }
     release(layout.queries_empty());
     // Values of the last.
@@ -470,6 +522,7 @@ struct ForwardConsumer {
 
   // A sink logit is one more key without a value.
   LONGATTN_DEVICE void finish(const ForwardTile& tile, int row) {
+    if constexpr (Config::kCached) return finish_split(tile, row);
     const float sink = p.sink_logits ? p.sink_logits[tile.h] * kLog2E : -kInfinity;
     float factor[2];
     uint16_t* rows[2];
@@ -488,6 +541,22 @@ struct ForwardConsumer {
     }
     store_rows<Element, kWidth>(O, factor, rows, p.v_head_dim);
   }
+
+  LONGATTN_DEVICE void finish_split(const ForwardTile& tile, int row) {
+    const int rows = p.mask.nq * p.packed;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int i = row + 8 * r;
+      if (i >= rows) continue;
+      const int64_t head = (static_cast<int64_t>(tile.split) * p.schedule.heads + tile.b * p.q_heads + tile.h) * rows + i;
+      const float factor = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
+      if (lane % 4 == 0) p.partial_lse[head] = sum[r] == 0.0f ? -kInfinity : top[r] * p.unit * kLn2 + log2_approx(sum[r]) * kLn2;
+      float* out = p.partial_out + head * kWidth + column;
+#pragma unroll
+      for (int j = 0; j < kWidth / 8; ++j)
+        *reinterpret_cast<float2*>(out + 8 * j) = make_float2(O[4 * j + 2 * r] * factor, O[4 * j + 2 * r + 1] * factor);
+    }
+  }
 };
 
 template <class Config>
@@ -497,10 +566,10 @@ LONGATTN_KERNEL(Config::kThreads) forward_kernel(LONGATTN_PARAMS ForwardParams p
   sync_block(Config::kThreads);
   const int warpgroup = from_lane(thread_index() / 128, 0);
   if (warpgroup == 0) {
-    release_registers<Config::kProducerRegisters>();
+    if constexpr (Config::kWarpgroups > 1) release_registers<Config::kProducerRegisters>();
     if (thread_index() < 32) ForwardProducer<Config>{p, layout}.run();
   } else {
-    allocate_registers<Config::kConsumerRegisters>();
+    if constexpr (Config::kWarpgroups > 1) allocate_registers<Config::kConsumerRegisters>();
     ForwardConsumer<Config>{p, layout, warpgroup - 1}.run();
   }
 }

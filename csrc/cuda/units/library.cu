@@ -3,6 +3,7 @@
 
 #include "host/attention.h"
 #include "host/plan.h"
+#include "host/rotation_launch.h"
 #include "host/table.h"
 
 #define LONGATTN_EXPORT extern "C" __attribute__((visibility("default")))
@@ -19,6 +20,12 @@ LONGATTN_EXPORT int longattn_cuda_widest(int backward) {
 // Entries of the workspaces that a call and its backward need.
 LONGATTN_EXPORT void longattn_cuda_workspace(const LongattnCall* call, LongattnWorkspace* sizes) {
   *sizes = {1, 0, 0, 0, 0};
+  if (call->table) {
+    const int64_t rows = static_cast<int64_t>(call->batch) * call->q_heads * call->nq * split_count(*call);
+    sizes->partial_lse = rows;
+    sizes->partial_out = rows * padded_width(kDecodeWidths, larger(call->head_dim, call->v_head_dim));
+    return;
+  }
   const int width = padded_width(kBackwardTable, larger(call->head_dim, call->v_head_dim));
   if (!call->dout.data || !width) return;
   const int queries = backward_queries(width);
@@ -55,6 +62,19 @@ LONGATTN_EXPORT const char* longattn_cuda_backward(const LongattnCall* call) {
   return "heads with gradients are at most 128 wide";
 }
 
-LONGATTN_EXPORT const char* longattn_cuda_append(const LongattnCall*) { return "missing"; }
-LONGATTN_EXPORT const char* longattn_cuda_decode(const LongattnCall*) { return "missing"; }
-LONGATTN_EXPORT const char* longattn_cuda_rope(const LongattnRope*) { return "missing"; }
+// Rotates new tokens and writes their keys and values to the slots of a cache; packs queries for decode.
+LONGATTN_EXPORT const char* longattn_cuda_append(const LongattnCall* call) { return append(*call); }
+
+LONGATTN_EXPORT const char* longattn_cuda_decode(const LongattnCall* call) {
+  switch (padded_width(kDecodeWidths, larger(call->head_dim, call->v_head_dim))) {
+    case 64:
+      return decode_of_width<64>(*call);
+    case 128:
+      return decode_of_width<128>(*call);
+    case 256:
+      return decode_of_width<256>(*call);
+  }
+  return "heads are at most 256 wide";
+}
+
+LONGATTN_EXPORT const char* longattn_cuda_rope(const LongattnRope* call) { return rope(*call); }
