@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longattn.backends.angles import rotation_positions
 from longattn.backends.base import Gradients
-from longattn.backends.cuda.library import Call, Library, Rows
+from longattn.backends.cuda.library import Call, Library, RopeCall, Rows
 from longattn.problem import Problem, Tensors
 
 _UNIT = 8  # 16-bit numbers in 16 bytes: widths, and strides, are multiples
@@ -45,7 +46,7 @@ def forward(library: Library, problem: Problem, tensors: Tensors, out: Tensor, l
         lse.fill_(-torch.inf)
     if not out.numel():
         return
-    call, keep = attention_call(problem, tensors)
+    call, keep = attention_call(library, problem, tensors)
     rows = empty_rows(out)
     if rows is not out and problem.varlen:
         rows.zero_()
@@ -79,7 +80,7 @@ def backward(
         if grads.sink_logits is not None:
             _sink_gradient(tensors, out, lse, dout, dlse, grads.sink_logits)
         return
-    call, keep = attention_call(problem, tensors)
+    call, keep = attention_call(library, problem, tensors)
     out, dout = aligned(out), aligned(dout)
     dlse = None if dlse is None else dlse.contiguous()
     call.out, call.dout, call.lse = Rows.of(out), Rows.of(dout), lse.data_ptr()
@@ -101,9 +102,64 @@ def backward(
     for to, grad in zip(rows, grads, strict=False):
         if grad is not None and to is not grad:
             grad.copy_(to[..., : grad.shape[3]])
+    if tensors.inv_freq is not None:
+        for grad, positions in zip(grads[:2], turning_positions(problem, tensors), strict=True):
+            if grad is not None:
+                grad.copy_(turned(library, problem, tensors, grad, positions, inverse=True))
     if grads.sink_logits is not None:
         _sink_gradient(tensors, out[..., : problem.v_head_dim], lse, dout, dlse, grads.sink_logits)
     del keep
+
+
+def turning_positions(problem: Problem, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """float32 [N] or [B, N] of queries and of keys."""
+    for_q, for_k, start = rotation_positions(problem, tensors)
+    return for_k[..., start : start + problem.nq] if for_q is None else for_q, for_k
+
+
+def turned(
+    library: Library, problem: Problem, tensors: Tensors, x: Tensor, positions: Tensor, inverse: bool
+) -> Tensor:
+    """x [B, H, N, D] rotated, in a new tensor."""
+    assert tensors.inv_freq is not None
+    out = torch.empty_like(x)
+    rope(library, x, tensors.inv_freq, positions, problem.rope_factor, problem.interleaved, inverse, out)
+    return out
+
+
+def rope(
+    library: Library,
+    x: Tensor,
+    inv_freq: Tensor,
+    positions: Tensor,
+    factor: float,
+    interleaved: bool,
+    inverse: bool,
+    out: Tensor,
+) -> None:
+    """Backend.rope."""
+    if not x.numel():
+        return
+    batch, heads, tokens, width = x.shape
+    inv_freq, positions = inv_freq.contiguous(), positions.contiguous()
+    by_batch = positions.dim() == 2 and positions.shape[0] > 1
+    call = RopeCall(
+        batch=batch,
+        heads=heads,
+        tokens=tokens,
+        width=width,
+        rotated=2 * inv_freq.shape[0],
+        is_bfloat16=x.dtype == torch.bfloat16,
+        interleaved=interleaved,
+        inverse=inverse,
+        x=Rows.of(x),
+        out=Rows.of(out),
+        inv_freq=inv_freq.data_ptr(),
+        positions=positions.data_ptr(),
+        positions_batch=tokens if by_batch else 0,
+        factor=factor,
+    )
+    library.run("rope", call)
 
 
 def _sink_gradient(
@@ -118,9 +174,14 @@ def _sink_gradient(
     to.copy_(-torch.where(lse == -torch.inf, 0.0, weights * delta).sum((0, 2)))
 
 
-def attention_call(problem: Problem, tensors: Tensors) -> tuple[Call, list[Any]]:
+def attention_call(library: Library, problem: Problem, tensors: Tensors) -> tuple[Call, list[Any]]:
     """The call but for its results, and the tensors that it points into."""
-    q, k, v = (aligned(x) for x in (tensors.q, tensors.k, tensors.v))
+    q, k, v = tensors.q, tensors.k, tensors.v
+    if tensors.inv_freq is not None:
+        for_q, for_k = turning_positions(problem, tensors)
+        q = turned(library, problem, tensors, q, for_q, inverse=False)
+        k = turned(library, problem, tensors, k, for_k, inverse=False)
+    q, k, v = (aligned(x) for x in (q, k, v))
     if not problem.nk:  # TMA describes no empty tensor
         k, v = (x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in (k, v))
     mask = problem.mask

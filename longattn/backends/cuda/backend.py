@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from longattn.backends.base import Backend, Gradients
-from longattn.backends.cuda import architecture, attention, library
+from longattn.backends.cuda import architecture, attention, cached, library
 from longattn.problem import CacheTensors, Problem, Slots, Tensors
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _LONGEST = 1 << 29  # positions and window sides are summed in 32 bits
-_REFUSED = ("bounds", "bias", "alibi_slopes", "dropout", "rope", "cache")
+_REFUSED = ("bounds", "bias", "alibi_slopes", "dropout", "ring", "int8", "tree", "rotate_on_read")
 
 
 class CudaBackend(Backend):
@@ -40,6 +40,11 @@ class CudaBackend(Backend):
         for name, width in (("head_dim", problem.head_dim), ("v_head_dim", problem.v_head_dim)):
             if width > widest:
                 found.append(f"{name} is at most {widest}{' with gradient' * problem.needs_grad}, not {width}")
+        if "cache" in problem.features:
+            if problem.storage not in (problem.dtype, torch.int8):  # int8 is refused above
+                found.append(f"reads caches of the call's own {str(problem.dtype)[6:]}, not {str(problem.storage)[6:]}")
+            if problem.head_dim % 8 or problem.v_head_dim % 8:
+                found.append("reads caches whose heads are multiples of 8 wide")
         if max(problem.nq, problem.nk, abs(problem.mask.offset)) >= _LONGEST:
             found.append(f"positions are below {_LONGEST}")
         if not found and device == "cuda" and not torch.compiler.is_compiling():
@@ -71,10 +76,12 @@ class CudaBackend(Backend):
             attention.backward(_library(), problem, tensors, out, lse, dout, dlse, grads)
 
     def append(self, problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
-        raise NotImplementedError
+        with torch.cuda.device_of(slots.k):
+            cached.append(_library(), problem, tensors, slots)
 
     def decode(self, problem: Problem, tensors: CacheTensors, slots: Slots, out: Tensor, lse: Tensor) -> None:
-        raise NotImplementedError
+        with torch.cuda.device_of(out):
+            cached.decode(_library(), problem, tensors, slots, out, lse)
 
     def rope(
         self,
@@ -86,7 +93,8 @@ class CudaBackend(Backend):
         inverse: bool,
         out: Tensor,
     ) -> None:
-        raise NotImplementedError
+        with torch.cuda.device_of(out):
+            attention.rope(_library(), x, inv_freq, positions, factor, interleaved, inverse, out)
 
 
 def _library() -> library.Library:
