@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-models lint bench sanitize neon neon-tools emulate compile-gpu gpu-check build clean
+.PHONY: help demo test test-models lint bench sanitize neon neon-tools emulate compile-cuda compile-gpu gpu-check build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,7 +47,10 @@ emulate: $(VENV)/test.stamp $(VENV)/package.stamp build ## run the CUDA kernels 
 	OMP_NUM_THREADS=1 LONGATTN_EMULATOR=$(EMULATOR) $(PY) -m pytest tests/emulated -q --numprocesses auto --maxprocesses 4 \
 	  --dist worksteal
 
-compile-gpu: $(VENV)/test.stamp $(VENV)/package.stamp ## compile every Triton configuration for GPUs that are not there
+compile-cuda: $(VENV)/test.stamp $(VENV)/package.stamp ## compile the CUDA kernels for a GPU that is not there (needs nvcc)
+	$(PY) -m benchmarks.compile_cuda
+
+compile-gpu: compile-cuda ## compile every Triton and CUDA configuration for GPUs that are not there
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.compile_gpu
 
 # With the Python whose torch sees the GPU, as that of .venv does not.

@@ -69,9 +69,7 @@ def test_split_keys(engine: Engine, nk: int, processors: int, page_size: int | N
     for slots in (cache.slots.k, cache.slots.v) if hasattr(cache, "slots") else ():
         slots.fill_(torch.nan)
     cache.append(k[:, :, :-1], v[:, :, :-1], backend="cuda")
-    out, lse = longattn.attention_with_cache(
-        q, k[:, :, -1:], v[:, :, -1:], cache, backend="cuda", return_lse=True
-    )
+    out, lse = longattn.attention_with_cache(q, k[:, :, -1:], v[:, :, -1:], cache, backend="cuda", return_lse=True)
     exact = oracle.results(q, k, v, causal=True)
     terms = oracle.rounding_terms(q, k, v, dtype=q.dtype, causal=True)
     eager = oracle.results(q, k, v, dtype=q.dtype, causal=True)

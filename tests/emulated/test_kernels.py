@@ -41,7 +41,9 @@ def draw(rng: random.Random) -> dict[str, Any]:
 
 
 def configured(engine: Engine, rng: random.Random) -> None:
-    engine.configure(rng.randrange(3), rng.randrange(1, 1000), rng.randint(1, 3), 128 * rng.randrange(8), rng.randint(1, 4))
+    engine.configure(
+        rng.randrange(3), rng.randrange(1, 1000), rng.randint(1, 3), 128 * rng.randrange(8), rng.randint(1, 4)
+    )
 
 
 @pytest.mark.parametrize("number", range(CASES))

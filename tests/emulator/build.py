@@ -1,6 +1,6 @@
 """Builds the CUDA backend's library for the emulator: the kernels' unmodified sources, compiled by g++.
 
-    python tests/emulator/build.py FOLDER      leaves FOLDER/_cuda.so
+python tests/emulator/build.py FOLDER      leaves FOLDER/_cuda.so
 """
 
 from __future__ import annotations

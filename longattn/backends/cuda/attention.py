@@ -117,9 +117,7 @@ def turning_positions(problem: Problem, tensors: Tensors) -> tuple[Tensor, Tenso
     return for_k[..., start : start + problem.nq] if for_q is None else for_q, for_k
 
 
-def turned(
-    library: Library, problem: Problem, tensors: Tensors, x: Tensor, positions: Tensor, inverse: bool
-) -> Tensor:
+def turned(library: Library, problem: Problem, tensors: Tensors, x: Tensor, positions: Tensor, inverse: bool) -> Tensor:
     """x [B, H, N, D] rotated, in a new tensor."""
     assert tensors.inv_freq is not None
     out = torch.empty_like(x)
@@ -162,9 +160,7 @@ def rope(
     library.run("rope", call)
 
 
-def _sink_gradient(
-    tensors: Tensors, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, to: Tensor
-) -> None:
+def _sink_gradient(tensors: Tensors, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, to: Tensor) -> None:
     """A sink is a key without a value: dlogit_h = -sum_i weight_i delta_i, delta_i = dout_i . out_i - dlse_i."""
     assert tensors.sink_logits is not None
     delta = (dout[..., : out.shape[3]].float() * out.float()).sum(-1)

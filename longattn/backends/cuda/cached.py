@@ -20,9 +20,7 @@ def append(library: Library, problem: Problem, tensors: CacheTensors, slots: Slo
         del keep
 
 
-def decode(
-    library: Library, problem: Problem, tensors: CacheTensors, slots: Slots, out: Tensor, lse: Tensor
-) -> None:
+def decode(library: Library, problem: Problem, tensors: CacheTensors, slots: Slots, out: Tensor, lse: Tensor) -> None:
     """Backend.decode."""
     if not out.numel():
         return append(library, problem, tensors, slots)
@@ -38,9 +36,7 @@ def decode(
     counters = torch.zeros(sizes.counters, dtype=torch.int32, device=out.device)
     partial_out = torch.empty(sizes.partial_out, dtype=torch.float32, device=out.device)
     partial_lse = torch.empty(sizes.partial_lse, dtype=torch.float32, device=out.device)
-    call.counters, call.partial_out, call.partial_lse = (
-        x.data_ptr() for x in (counters, partial_out, partial_lse)
-    )
+    call.counters, call.partial_out, call.partial_lse = (x.data_ptr() for x in (counters, partial_out, partial_lse))
     library.run("append", call)
     library.run("decode", call)
     if to is not out:
