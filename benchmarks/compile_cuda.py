@@ -2,9 +2,9 @@
 
     python -m benchmarks.compile_cuda [--update]
 
-benchmarks/cuda-kernels.txt has a line for each kernel: registers, stack, and the instructions that matter, counted in the
-machine code. Fails if a kernel does not compile, if the compiler serialises products (its notes C7500 to C7599), if the
-part of a kernel that multiplies keeps registers on the stack, if a main loop has no wgmma or an older product, if its
+benchmarks/cuda-kernels.txt has a line for each kernel: registers, stack, and the instructions that matter, counted in
+the machine code. Fails if a kernel does not compile, if the compiler serialises products (notes C7500 to C7599), if a
+loop of products keeps registers on the stack, if a kernel that multiplies has none or an older product, if its
 exponentials do not run under products, if the library made of all is larger than 40 MB, needs more than a C library or
 does not load, or if the report is not what is committed. That shared memory fits is asserted in
 the kernels' sources. --update writes the report anew.
@@ -68,35 +68,36 @@ class Kernel(NamedTuple):
         if not products:
             yield "no wgmma"
             return
-        between = self.code[products[0] : products[-1]]
-        spills = sum(x.opcode.startswith(("STL", "LDL")) for x in between)
-        if spills:
-            yield f"{spills} accesses to the stack between products"
         loops = list(self.loops())
         if not loops:
             yield "no loop of products"
         for loop in loops:
-            inside, wanted = under_products(loop), self.exponentials()
+            spills = sum(x.opcode.startswith(("STL", "LDL")) for x in loop)
+            if spills:
+                yield f"{spills} accesses to the stack in a loop of products"
+            inside, wanted = under_products(loop), self.step()[1]
             if inside < wanted:
                 yield f"{inside} exponentials of a loop run under products, of {wanted}"
 
-    def exponentials(self) -> int:
-        """That a thread computes in a step."""
+    def step(self) -> tuple[int, int]:
+        """(products, exponentials that a thread computes) of a step."""
         if self.name.startswith("forward_kernel"):
-            return self.numbers[2] // 2
-        return self.numbers[1] // 2
+            width, _, keys, _ = self.numbers
+            return width // 16 + keys // 16, keys // 2
+        width, queries = self.numbers
+        return 2 * width // 16 + 2 * queries // 16 + 8, queries // 2
 
     def loops(self) -> Iterator[list[Instruction]]:
-        """The innermost loops that multiply."""
+        """The loops over steps: those of as many products; of those that overlap through jumps, the shortest."""
         at = {x.address: i for i, x in enumerate(self.code)}
-        spans = [
-            (at[x.target], i)
-            for i, x in enumerate(self.code)
-            if x.target is not None and x.target in at and at[x.target] < i
-        ]
-        spans = [span for span in spans if any(x.opcode.startswith("HGMMA") for x in self.code[span[0] : span[1]])]
+        spans = []
+        for i, x in enumerate(self.code):
+            start = at.get(x.target, i) if x.target is not None else i
+            products = sum(y.opcode.startswith("HGMMA") for y in self.code[start:i])
+            if products == self.step()[0]:
+                spans.append((start, i))
         for start, stop in spans:
-            if not any(start <= a and b <= stop and (a, b) != (start, stop) for a, b in spans):
+            if not any(a < stop and start < b and b - a < stop - start for a, b in spans):
                 yield self.code[start : stop + 1]
 
     def __str__(self) -> str:
@@ -171,7 +172,7 @@ def instructions(text: str) -> list[Instruction]:
 
 def plain_name(mangled: str) -> str:
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    return re.sub(r"longattn::(cuda|hopper)::|^void |\(\w+Params\)$", "", name).replace(" >", ">")
+    return re.sub(r"longattn::(cuda|hopper)::|^void |\((longattn::cuda::)?\w+Params\)$", "", name).replace(" >", ">")
 
 
 def tools() -> tuple[str, str] | str:

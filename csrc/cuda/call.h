@@ -1,13 +1,13 @@
-// What Python hands over: addresses, strides and numbers of one call, in C types alone. longattn/backends/cuda/library.py
-// mirrors it, field by field.
+// What Python hands over: addresses, strides and numbers of one call, in C types alone.
+// longattn/backends/cuda/library.py mirrors it, field by field.
 #pragma once
 
 #include <cstdint>
 
 extern "C" {
 
-// [batch, head, token, width] of 16-bit numbers, unit stride in width; strides in elements. Rows stand at multiples of 16
-// bytes.
+// [batch, head, token, width] of 16-bit numbers, unit stride in width; strides in elements. Rows stand at multiples of
+// 16 bytes.
 struct LongattnRows {
   void* data;  // nullptr: absent
   int64_t batch, head, token;

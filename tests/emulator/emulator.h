@@ -1,7 +1,7 @@
 // A Hopper GPU on a CPU: one function for each primitive of csrc/cuda/hopper, whose headers here call them.
 //
-// Every CUDA thread is a fiber. Asynchronous work (products, copies) waits in an engine, which does it early, late, or at
-// random under a seed; what the hardware leaves undefined is reported. See README.md.
+// Every CUDA thread is a fiber. Asynchronous work (products, copies) waits in an engine, which does it early, late, or
+// at random under a seed; what the hardware leaves undefined is reported. See README.md.
 #pragma once
 
 #include <cstddef>

@@ -124,9 +124,9 @@ struct Block {
   NamedBarrier named[16];
   std::vector<Warp> warps;
   std::vector<Warpgroup> warpgroups;
-  std::vector<uint16_t> writer;            // of each word: 1 + the thread that wrote it without a proxy fence since
-  std::vector<uint8_t> reads, writes;      // asynchronous ones in flight, of each granule
-  std::vector<uint8_t> holds_barrier;      // of each granule
+  std::vector<uint16_t> writer;        // of each word: 1 + the thread that wrote it without a proxy fence since
+  std::vector<uint8_t> reads, writes;  // asynchronous ones in flight, of each granule
+  std::vector<uint8_t> holds_barrier;  // of each granule
   int loads_in_flight = 0;
 };
 

@@ -235,7 +235,8 @@ void bulk_reduce_add(float* to, uint32_t from, uint32_t bytes, Location at) {
   if (from % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16)
     return report(at, "bulk copies need multiples of 16 bytes");
   if (!inside(*block, from, bytes, at, "a bulk reduction")) return;
-  for (uint32_t i = 0; i < bytes; i += kGranule) begin_async_read(*block, (from + i) / kGranule, at, "a bulk reduction");
+  for (uint32_t i = 0; i < bytes; i += kGranule)
+    begin_async_read(*block, (from + i) / kGranule, at, "a bulk reduction");
   const auto copy = std::make_shared<BulkCopy>();
   current->copies.push_back(copy);
   post(block, true, [=] {

@@ -131,8 +131,8 @@ std::shared_ptr<PendingProduct> issue(Block& block, Warpgroup& group, int thread
 }
 
 bool same(const Product& a, const Product& b) {
-  return a.n == b.n && a.a == b.a && a.b == b.b && a.major_a == b.major_a && a.major_b == b.major_b &&
-         a.add == b.add && !a.fragment == !b.fragment;
+  return a.n == b.n && a.a == b.a && a.b == b.b && a.major_a == b.major_a && a.major_b == b.major_b && a.add == b.add &&
+         !a.fragment == !b.fragment;
 }
 
 }  // namespace
@@ -185,8 +185,7 @@ void wgmma(float* d, const Product& product, Location at) {
   Warpgroup& group = block.warpgroups[thread.index / 128];
   const int t = thread.index % 128, count = product.n / 2;
   const uint32_t number = thread.products++;
-  if (number - group.done >= group.products.size())
-    group.products.push_back(issue(block, group, t, d, product, at));
+  if (number - group.done >= group.products.size()) group.products.push_back(issue(block, group, t, d, product, at));
   PendingProduct& pending = *group.products[number - group.done];
   Accumulator& accumulator = *pending.accumulator;
   if (!same(pending.product, product) || pending.at.line != at.line)

@@ -115,7 +115,8 @@ void fiber() {
 
 void start(Thread* thread) {
   if (free_stacks.empty()) {
-    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* stack =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     free_stacks.push_back(static_cast<char*>(stack));
   }
   thread->stack = free_stacks.back();
@@ -128,8 +129,8 @@ void start(Thread* thread) {
   ready.push_back(thread);
 }
 
-// Does one piece of asynchronous work; false if there is none. The seed chooses what is always late: nothing, reductions,
-// loads, products, or the products of one warpgroup.
+// Does one piece of asynchronous work; false if there is none. The seed chooses what is always late: nothing,
+// reductions, loads, products, or the products of one warpgroup.
 bool work_once() {
   struct Choice {
     Block* block;
@@ -180,7 +181,8 @@ void report_deadlock() {
       const char* file = base_name(thread.at.file);
       if (!strcmp(thread.waits_for, "mbarrier")) {
         const Mbarrier& barrier = block->mbarriers[thread.object];
-        snprintf(text, sizeof text, "mbarrier %s, parity %lld, at %s:%d [phase %llu, %u of %u arrivals and %lld bytes missing]",
+        snprintf(text, sizeof text,
+                 "mbarrier %s, parity %lld, at %s:%d [phase %llu, %u of %u arrivals and %lld bytes missing]",
                  name_of(*block, thread.object).c_str(), thread.operand, file, thread.at.line,
                  static_cast<unsigned long long>(barrier.phase), barrier.pending, barrier.arrivals, barrier.bytes);
       } else {
@@ -205,9 +207,9 @@ void report_deadlock() {
 // Tests put a page without access behind each tensor: says who touched it. The process ends.
 void on_bad_access(int, siginfo_t* info, void*) {
   char text[256];
-  const int n = snprintf(text, sizeof text, "access outside a tensor at %p by %s, which last waited at %s:%d\n",
-                         info->si_addr, describe(current).c_str(), current ? base_name(current->at.file) : "?",
-                         current ? current->at.line : 0);
+  const int n =
+      snprintf(text, sizeof text, "access outside a tensor at %p by %s, which last waited at %s:%d\n", info->si_addr,
+               describe(current).c_str(), current ? base_name(current->at.file) : "?", current ? current->at.line : 0);
   if (write(2, text, n)) {
   }
   _exit(139);

@@ -40,7 +40,8 @@ void host_tile_at(int query_tiles, int heads, int together, int longest_last, in
 
 int host_heads_together(int heads, int group, int64_t bytes) { return heads_together(heads, group, bytes); }
 
-// The tiles that queries first..last visit, in order; then first and end of those that all see whole. Returns the count.
+// The tiles that queries first..last visit, in order; then first and end of those that all see whole. Returns the
+// count.
 int host_key_tiles(int left, int right, int sinks, int shift, int nk, int first, int last, int size, int* to) {
   const Sequence s{0, 0, last + 1, 0, nk, shift};
   const KeyTiles tiles = key_tiles(mask(left, right, sinks), s, shift + first, shift + last, size);

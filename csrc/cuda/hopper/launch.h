@@ -1,5 +1,5 @@
-// The host's side: tensor maps and launches. Links neither libcuda nor torch: the driver's one function is asked for at run
-// time, through the static runtime.
+// The host's side: tensor maps and launches. Links neither libcuda nor torch: the driver's one function is asked for at
+// run time, through the static runtime.
 #pragma once
 
 #include <cuda.h>

@@ -1,4 +1,5 @@
-// Barriers in shared memory that count arrivals and the bytes of asynchronous copies. Addresses are of the shared window.
+// Barriers in shared memory that count arrivals and the bytes of asynchronous copies. Addresses are of the shared
+// window.
 #pragma once
 
 #include "hopper/platform.h"

@@ -1,5 +1,5 @@
-// How a kernel is spelled. The headers of this folder are the only ones that know the hardware: tests/emulator has one of
-// the same name for each, with the same functions, and compiles the kernels for a CPU.
+// How a kernel is spelled. The headers of this folder are the only ones that know the hardware: tests/emulator has one
+// of the same name for each, with the same functions, and compiles the kernels for a CPU.
 //
 // "PTX:" names the section of NVIDIA's PTX ISA 9.0 that a function stands on.
 #pragma once

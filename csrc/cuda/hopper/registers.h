@@ -29,8 +29,8 @@ LONGATTN_DEVICE void pin(uint32_t (&x)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 
-// A branch that is never taken, on a sum that is never negative, ends the basic block: what the sum is made of is computed
-// here, and not below the next wait, where ptxas would move it.
+// A branch that is never taken, on a sum that is never negative, ends the basic block: what the sum is made of is
+// computed here, and not below the next wait, where ptxas would move it.
 LONGATTN_DEVICE void compute_before(float a, float b) {
   asm volatile(
       "{\n.reg .pred stay;\n.reg .f32 sum;\nadd.f32 sum, %0, %1;\nAGAIN:\n"

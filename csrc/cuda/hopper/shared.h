@@ -34,8 +34,8 @@ LONGATTN_DEVICE void store_shared(uint32_t address, float a, float b, float c, f
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit numbers, held as wgmma's A fragments are; lane i gives the address of row i % 8 of matrix
-// i / 8. PTX: stmatrix.
+// Four 8 x 8 matrices of 16-bit numbers, held as wgmma's A fragments are; lane i gives the address of row i % 8 of
+// matrix i / 8. PTX: stmatrix.
 LONGATTN_DEVICE void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                "r"(c), "r"(d)

@@ -13,8 +13,8 @@ using TensorMap = CUtensorMap;
 constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
 constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
 
-// The box at (column, row, head, batch) of a 4-D map; what lies outside the tensor is 0. All bytes of the box count down
-// on the barrier. PTX: cp.async.bulk.tensor; Tensors (Tiled mode, Out-of-bound access, Swizzling modes).
+// The box at (column, row, head, batch) of a 4-D map; what lies outside the tensor is 0. All bytes of the box count
+// down on the barrier. PTX: cp.async.bulk.tensor; Tensors (Tiled mode, Out-of-bound access, Swizzling modes).
 LONGATTN_DEVICE void load_tile(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row, int head,
                                int batch, uint64_t hint) {
   asm volatile(

@@ -44,18 +44,20 @@ const char* launch_backward(const LongattnCall& call) {
   p.ragged = is_ragged(call);
   p.scale = call.scale;
   p.softcap = call.softcap;
+  p.softcap_rate = softcap_rate(call);
+  p.curvature = call.softcap > 0.0f ? 1.0f / (call.softcap * call.softcap) : 0.0f;
   p.unit = Config::kGeneral ? kLog2E : call.scale * kLog2E;
 
   const auto blocks = [&](int x, int heads) {
     return dim3(static_cast<unsigned>(x), static_cast<unsigned>(heads), static_cast<unsigned>(call.batch));
   };
   const int tiles = ceil_divided(longest_queries(call), Config::kQueries);
-  if (const char* fault = launch(row_terms_kernel<Config>, "row_terms", blocks(tiles, call.q_heads), kTermThreads, 0,
-                                 call.stream, p))
-    return fault;
   if (const char* fault =
-          launch(backward_kernel<Config>, "backward", blocks(ceil_divided(longest_keys(call), Config::kKeys), call.kv_heads),
-                 Config::kThreads, BackwardLayout<Config>::kBytes, call.stream, p))
+          launch(row_terms_kernel<Config>, "row_terms", blocks(tiles, call.q_heads), kTermThreads, 0, call.stream, p))
+    return fault;
+  if (const char* fault = launch(backward_kernel<Config>, "backward",
+                                 blocks(ceil_divided(longest_keys(call), Config::kKeys), call.kv_heads),
+                                 Config::kThreads, BackwardLayout<Config>::kBytes, call.stream, p))
     return fault;
   return launch(query_gradient_kernel<Config>, "query_gradient", blocks(2 * tiles, call.q_heads), 128, 0, call.stream,
                 p);

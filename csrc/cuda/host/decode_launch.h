@@ -5,9 +5,7 @@
 #include "host/attention.h"
 #include "host/plan.h"
 #include "host/table.h"
-#include "kernels/combine.h"
 #include "kernels/forward.h"
-#include "kernels/rotation.h"
 
 namespace longattn::cuda {
 
@@ -23,9 +21,8 @@ const char* launch_decode(const LongattnCall& call) {
     if (!p.piece) return nullptr;
     return encode<Element>(to, x.data, map_shape(x, call.pages, call.kv_heads, call.page_size, width, p.piece));
   };
-  if (const char* fault =
-          encode<Element>(&p.q, packed.data,
-                          map_shape(packed, call.batch, call.kv_heads, rows, call.head_dim, Config::kQueries)))
+  if (const char* fault = encode<Element>(
+          &p.q, packed.data, map_shape(packed, call.batch, call.kv_heads, rows, call.head_dim, Config::kQueries)))
     return fault;
   if (const char* fault = page_map(&p.k, call.k, call.head_dim)) return fault;
   if (const char* fault = page_map(&p.v, call.v, call.v_head_dim)) return fault;
@@ -40,6 +37,7 @@ const char* launch_decode(const LongattnCall& call) {
   p.ragged = 1;  // slots that nobody wrote may hold anything
   p.scale = call.scale;
   p.softcap = call.softcap;
+  p.softcap_rate = softcap_rate(call);
   p.unit = kLog2E;
   p.table = call.table;
   p.packed = group;
@@ -52,15 +50,8 @@ const char* launch_decode(const LongattnCall& call) {
   p.schedule = {ceil_divided(rows, Config::kQueries), call.batch * call.kv_heads, call.batch * call.kv_heads, 0};
   p.tiles = p.schedule.query_tiles * p.schedule.heads * p.splits;
   const dim3 blocks(static_cast<unsigned>(smaller(p.tiles, multiprocessors())));
-  if (const char* fault = launch(forward_kernel<Config>, "decode", blocks, Config::kThreads,
-                                 ForwardLayout<Config>::kBytes, call.stream, p))
-    return fault;
-  const CombineParams c{call.partial_out, call.partial_lse, call.out,     call.lse,      call.sink_logits, call.query_lens,
-                        p.splits,         call.batch,       call.q_heads, call.kv_heads, call.nq,          Width,
-                        call.v_head_dim};
-  const dim3 all(static_cast<unsigned>(call.nq), static_cast<unsigned>(call.q_heads),
-                 static_cast<unsigned>(call.batch));
-  return launch(combine_kernel<Element>, "combine", all, kCombineThreads, 0, call.stream, c);
+  return launch(forward_kernel<Config>, "decode", blocks, Config::kThreads, ForwardLayout<Config>::kBytes, call.stream,
+                p);
 }
 
 template <int Width>

@@ -1,11 +1,11 @@
 // From a call to a forward kernel.
 #pragma once
 
-#include "host/attention.h"
 #include "hopper/launch.h"
-#include "kernels/forward.h"
+#include "host/attention.h"
 #include "host/plan.h"
 #include "host/table.h"
+#include "kernels/forward.h"
 
 namespace longattn::cuda {
 
@@ -33,6 +33,7 @@ const char* launch_forward(const LongattnCall& call) {
   const bool plain = Config::kKind != Kind::kGeneral;
   p.scale = call.scale;
   p.softcap = call.softcap;
+  p.softcap_rate = softcap_rate(call);
   p.unit = plain ? call.scale * kLog2E : kLog2E;
 
   const int heads = call.batch * call.q_heads;

@@ -48,6 +48,12 @@ inline int memory_rows(const LongattnCall& call) { return call.cu_seqlens_q ? 1 
 // Whether scores are more than products times a positive scale.
 inline bool has_other_scores(const LongattnCall& call) { return call.softcap > 0.0f || !(call.scale > 0.0f); }
 
+// By which scores are multiplied in tanh x = 1 - 2 / (1 + 2^(2 log2(e) x)).
+inline float softcap_rate(const LongattnCall& call) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  return call.softcap > 0.0f ? 2.0f * kLog2E / call.softcap : 0.0f;
+}
+
 inline bool is_windowed(const Visibility& mask) { return mask.left < kUnbounded || mask.right < kUnbounded; }
 
 inline bool is_ragged(const LongattnCall& call) { return call.cu_seqlens_q || call.key_lens; }
@@ -61,8 +67,9 @@ inline RowTiles row_tiles(const LongattnCall& call, int size) {
   return {call.batch * tiles, tiles};
 }
 
-// Rows of the boxes that fetch a tile of so many keys of a cache: a page of its own for each sequence is read as a tensor
-// is; smaller pages in pieces that pages and tiles are both made of, if swizzle patterns (8 rows) fit. 0: they do not.
+// Rows of the boxes that fetch a tile of so many keys of a cache: a page of its own for each sequence is read as a
+// tensor is; smaller pages in pieces that pages and tiles are both made of, if swizzle patterns (8 rows) fit. 0: they
+// do not.
 inline int cache_piece(const LongattnCall& call, int keys) {
   if (call.table_width == 1) return keys;
   const int piece = std::gcd(call.page_size, keys);

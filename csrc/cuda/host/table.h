@@ -1,8 +1,8 @@
 // Everything that is instantiated, in one table: tiles by padded head width.
 //
 // A kernel's tile is 64 queries a warpgroup by so many keys: the largest whose scores, weights and outputs fit 240
-// registers a thread (160 with three warpgroups), and whose operands fit shared memory twice. Boundaries cost whole tiles,
-// so windows have smaller ones.
+// registers a thread (160 with three warpgroups), and whose operands fit shared memory twice. Boundaries cost whole
+// tiles, so windows have smaller ones.
 #pragma once
 
 namespace longattn::cuda {

@@ -3,9 +3,10 @@
 //   S = Q K^T, P = exp(scores - lse), dP = dO V^T, dS = P (dP - delta), delta_i = sum dO_i O_i - dlse_i,
 //   dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K; with a softcap c, dS also times 1 - (score / c)^2.
 //
-// A block has one tile of keys and visits the tiles of queries that see it, of all query heads of the group. S and dP are
-// computed transposed, so that P^T stays in registers for dV; dS^T goes through shared memory. dQ is added up in float32
-// by bulk reductions of a warp per warpgroup, in the order of accumulators; query_gradient_kernel turns it into rows.
+// A block has one tile of keys and visits the tiles of queries that see it, of all query heads of the group. S and dP
+// are computed transposed, so that P^T stays in registers for dV; dS^T goes through shared memory. dQ is added up in
+// float32 by bulk reductions of a warp per warpgroup, in the order of accumulators; query_gradient_kernel turns it into
+// rows.
 #pragma once
 
 #include "kernels/forward.h"
@@ -24,6 +25,7 @@ struct alignas(128) BackwardParams {
   RowTiles rows;
   int q_heads, kv_heads, group, head_dim, v_head_dim, deterministic, ragged;
   float scale, softcap, unit;
+  float softcap_rate, curvature;  // 2 log2(e) / softcap, 1 / softcap^2; 0 without one
 };
 
 template <class Element_, int Width_, int Queries_, bool General_>
@@ -244,8 +246,8 @@ struct BackwardWriter {
       if (thread_index() % 32 == 0) {
         const int64_t block = row_tile(p, tile, step) * 2 + warpgroup;
         if (p.deterministic) {
-          wait_until_equal(p.turns + block, later_visitors(p.mask, tile.s, tile.n, step.m, Config::kKeys,
-                                                           Config::kQueries));
+          wait_until_equal(p.turns + block,
+                           later_visitors(p.mask, tile.s, tile.n, step.m, Config::kKeys, Config::kQueries));
           fence_proxy_async_global();
         }
         bulk_reduce_add(p.dq_sum + block * Config::kBlock, layout.sums(warpgroup), BackwardLayout<Config>::kSumBytes);
@@ -382,7 +384,8 @@ struct BackwardConsumer {
         descriptor(layout.outputs(0), kQueries * kRowBytes) + output_ring.stage * (Layout::kQueryBytes >> 4);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kQueries / 16; ++i) KeyGradient::template multiply_add<kAlongMN>(dV, P + 4 * i, o + along_rows(i));
+    for (int i = 0; i < kQueries / 16; ++i)
+      KeyGradient::template multiply_add<kAlongMN>(dV, P + 4 * i, o + along_rows(i));
     wgmma_commit();
   }
 
@@ -401,7 +404,8 @@ struct BackwardConsumer {
   // dQ = dS K: 64 rows by 64 columns
   LONGATTN_DEVICE void start_query_gradient(int buffer) {
     const int half = warpgroup * kKeys * kRowBytes;  // the second slab of keys, or of queries
-    const uint32_t s = descriptor(layout.scores(0) + (kSplitsColumns ? 0 : half), 16) + buffer * (Layout::kScoreBytes >> 4);
+    const uint32_t s =
+        descriptor(layout.scores(0) + (kSplitsColumns ? 0 : half), 16) + buffer * (Layout::kScoreBytes >> 4);
     const uint32_t k = descriptor(layout.keys() + (kSplitsColumns ? half : 0), 16);
     wgmma_fence();
     QueryGradient::template multiply<kAlongMN, kAlongMN>(dQ, s, k);
@@ -417,13 +421,11 @@ struct BackwardConsumer {
 #pragma unroll
       for (int i = 0; i < kQueries / 2; ++i) S[i] *= p.scale;
       if (p.softcap > 0.0f) {
-        const float inner = 2.0f * kLog2E / p.softcap;
 #pragma unroll
         for (int i = 0; i < kQueries / 2; ++i)
-          S[i] = p.softcap - 2.0f * p.softcap * reciprocal_approx(1.0f + exp2_approx(S[i] * inner));
+          S[i] = p.softcap - 2.0f * p.softcap * reciprocal_approx(1.0f + exp2_approx(S[i] * p.softcap_rate));
       }
     }
-    const float curve = Config::kGeneral && p.softcap > 0.0f ? 1.0f / (p.softcap * p.softcap) : 0.0f;
     const int first = m * kQueries + tile.s.shift;  // position of the tile's first query
     const bool edge = first_key + 64 > tile.s.nk || p.mask.key_mask || first_key + 63 > first + p.mask.right ||
                       first_key < first + kQueries - 1 - p.mask.left;
@@ -455,7 +457,7 @@ struct BackwardConsumer {
         for (int e = 0; e < 2; ++e) {
           const float s = S[4 * j + 2 * r + e];
           const int c = 8 * j + e;
-          slope[e] = fmaf(-s * s, curve, 1.0f);
+          slope[e] = fmaf(-s * s, p.curvature, 1.0f);
           x[e] = fmaf(s, p.unit, e ? -log_sum.y : -log_sum.x);
           if constexpr (Config::kGeneral) x[e] = edge && (c < lowest[r] || c > highest[r]) ? -kInfinity : x[e];
           x[e] = exp2_approx(x[e]);
@@ -474,16 +476,19 @@ struct BackwardConsumer {
       const float2 delta = load_shared_pair(deltas + 32 * j);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float2 weight = unpack<Element>(Config::kGeneral ? weights[Config::kGeneral ? 2 * j + r : 0] : P[2 * j + r]);
-        dS[2 * j + r] = pack<Element>(weight.x * (dP[4 * j + 2 * r] - delta.x), weight.y * (dP[4 * j + 2 * r + 1] - delta.y));
+        const float2 weight =
+            unpack<Element>(Config::kGeneral ? weights[Config::kGeneral ? 2 * j + r : 0] : P[2 * j + r]);
+        dS[2 * j + r] =
+            pack<Element>(weight.x * (dP[4 * j + 2 * r] - delta.x), weight.y * (dP[4 * j + 2 * r + 1] - delta.y));
       }
     }
-    const uint32_t row = layout.scores(0) + buffer * Layout::kScoreBytes + (64 * warpgroup + 16 * warp + lane % 16) * kRowBytes;
+    const uint32_t row =
+        layout.scores(0) + buffer * Layout::kScoreBytes + (64 * warpgroup + 16 * warp + lane % 16) * kRowBytes;
     const uint32_t swizzle = ((lane >> 4) ^ (lane & 7)) << 4;
 #pragma unroll
     for (int i = 0; i < kQueries / 16; ++i)
-      store_matrices(row + i / 4 * kKeys * kRowBytes + (swizzle ^ (i % 4 << 5)), dS[4 * i], dS[4 * i + 1], dS[4 * i + 2],
-                     dS[4 * i + 3]);
+      store_matrices(row + i / 4 * kKeys * kRowBytes + (swizzle ^ (i % 4 << 5)), dS[4 * i], dS[4 * i + 1],
+                     dS[4 * i + 2], dS[4 * i + 3]);
   }
 
   // Hands dQ to the writer, once the buffer is free.
@@ -511,7 +516,8 @@ struct BackwardConsumer {
 };
 
 template <class Config>
-LONGATTN_KERNEL(Config::kThreads) backward_kernel(LONGATTN_PARAMS BackwardParams p) {
+LONGATTN_KERNEL(Config::kThreads)
+backward_kernel(LONGATTN_PARAMS BackwardParams p) {
   const BackwardLayout<Config> layout{shared_base()};
   const BackwardTile tile = backward_tile<Config>(p);
   if (tile.n * Config::kKeys >= tile.s.nk) return;
@@ -532,7 +538,8 @@ LONGATTN_KERNEL(Config::kThreads) backward_kernel(LONGATTN_PARAMS BackwardParams
 constexpr int kTermThreads = 256;
 
 template <class Config>
-LONGATTN_KERNEL(kTermThreads) row_terms_kernel(LONGATTN_PARAMS BackwardParams p) {
+LONGATTN_KERNEL(kTermThreads)
+row_terms_kernel(LONGATTN_PARAMS BackwardParams p) {
   using Element = typename Config::Element;
   constexpr int kLanes = Config::kWidth / 8, kRows = kTermThreads / kLanes;
   const int3 at = block_index();
@@ -575,7 +582,8 @@ LONGATTN_KERNEL(kTermThreads) row_terms_kernel(LONGATTN_PARAMS BackwardParams p)
 
 // A block per accumulator of dQ, after: its rows, in 16 bits.
 template <class Config>
-LONGATTN_KERNEL(128) query_gradient_kernel(LONGATTN_PARAMS BackwardParams p) {
+LONGATTN_KERNEL(128)
+query_gradient_kernel(LONGATTN_PARAMS BackwardParams p) {
   constexpr bool kSplitsColumns = BackwardConsumer<Config>::kSplitsColumns;
   const int3 at = block_index();
   const int m = at.x / 2, warpgroup = at.x % 2;

@@ -19,7 +19,8 @@ constexpr int kCombineThreads = 128;
 
 // A block per query, head and sequence.
 template <class Element>
-LONGATTN_KERNEL(kCombineThreads) combine_kernel(LONGATTN_PARAMS CombineParams p) {
+LONGATTN_KERNEL(kCombineThreads)
+combine_kernel(LONGATTN_PARAMS CombineParams p) {
   const int3 at = block_index();
   const int i = at.x, h = at.y, b = at.z, group = p.q_heads / p.kv_heads;
   const int64_t rows = static_cast<int64_t>(p.batch) * p.kv_heads * p.nq * group;

@@ -1,9 +1,9 @@
 // The forward: out = softmax(scores) V and its log-sums, by FlashAttention-3's plan (Shah et al., 2024).
 //
-// A block keeps running and takes tile after tile of queries. One warp fetches tiles of keys and values by TMA into rings
-// of two; each of two or three warpgroups has 64 rows. Of a step, the product of queries and keys j + 1 is started before
-// that of weights and values j, and the softmax of j + 1 runs under the latter; warpgroups take turns, so that one's
-// exponentials run under the others' products.
+// A block keeps running and takes tile after tile of queries. One warp fetches tiles of keys and values by TMA into
+// rings of two; each of two or three warpgroups has 64 rows. Of a step, the product of queries and keys j + 1 is
+// started before that of weights and values j, and the softmax of j + 1 runs under the latter; warpgroups take turns,
+// so that one's exponentials run under the others' products.
 //
 // Online softmax, in powers of two: with u = log2(e) * scale and m a row's greatest score so far,
 //   l = sum_j 2^(u s_j - u m),  O = sum_j 2^(u s_j - u m) v_j;  a greater m' shrinks both by 2^(u m - u m').
@@ -45,11 +45,12 @@ struct alignas(128) ForwardParams {
   int tiles;
   int ragged;  // a sequence may end before the tensor does: what follows may hold anything
   float scale, softcap, unit;
+  float softcap_rate;  // 2 log2(e) / softcap
 
   // On a cache. Row r of a key/value head's tile is query r / packed of the group's head r % packed.
   const int32_t* table;  // [batch, table_width]: pages
   int packed, splits, table_width, pages, page_size;
-  int piece;            // rows of a box: what tiles and pages are both made of; 0: too few, rows are copied one by one
+  int piece;  // rows of a box: what tiles and pages are both made of; 0: too few, rows are copied one by one
   LongattnRows k_rows, v_rows;
   float *partial_out, *partial_lse;  // [splits, batch * kv_heads, rows, (width)]
 };
@@ -62,9 +63,11 @@ struct ForwardConfig {
   static constexpr bool kCached = kKind == Kind::kCached, kGeneral = kKind == Kind::kGeneral || kCached;
   static constexpr int kStages = 2, kThreads = 128 * (kWarpgroups + 1);
   // One warpgroup has all the registers it can use from the start.
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32, kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32,
+                       kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
   static constexpr bool kTakeTurns = kWarpgroups > 1 && kWidth < 256;  // wider heads have no registers left for it
-  static_assert(kWarpgroups == 1 || kProducerRegisters + kWarpgroups * kConsumerRegisters <= (kWarpgroups + 1) * (65536 / kThreads / 8 * 8));
+  static_assert(kWarpgroups == 1 || kProducerRegisters + kWarpgroups * kConsumerRegisters <=
+                                        (kWarpgroups + 1) * (65536 / kThreads / 8 * 8));
 };
 
 template <class Config>
@@ -147,8 +150,8 @@ LONGATTN_DEVICE ForwardTile forward_tile(const ForwardParams& p, int t) {
   tile.s = sequence(p.mask, tile.b);
   tile.rows = tile.s.nq * packed;
   const int last = smaller(tile.first_query + Config::kQueries, tile.rows) - 1;
-  tile.keys = key_tiles(p.mask, tile.s, tile.s.shift + tile.first_query / packed, tile.s.shift + last / packed,
-                        Config::kKeys);
+  tile.keys =
+      key_tiles(p.mask, tile.s, tile.s.shift + tile.first_query / packed, tile.s.shift + last / packed, Config::kKeys);
   const int share = ceil_divided(tile.keys.count(), splits);
   tile.first_visit = tile.split * share;
   tile.visits = tile.first_query > last ? 0 : clamped(tile.keys.count() - tile.first_visit, 0, share);
@@ -318,7 +321,8 @@ struct ForwardConsumer {
       const ForwardTile tile = forward_tile<Config>(p, t);
       const int row = tile.first_query + warpgroup * 64 + thread_index() / 32 % 4 * 16 + lane / 4;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) position[r] = tile.s.shift + (Config::kCached ? (row + 8 * r) / p.packed : row + 8 * r);
+      for (int r = 0; r < 2; ++r)
+        position[r] = tile.s.shift + (Config::kCached ? (row + 8 * r) / p.packed : row + 8 * r);
 #pragma unroll
       for (int i = 0; i < kWidth / 2; ++i) O[i] = 0.0f;
       top[0] = top[1] = -kInfinity;
@@ -452,10 +456,9 @@ struct ForwardConsumer {
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) S[i] *= p.scale;
       if (p.softcap > 0.0f) {
-        const float inner = 2.0f * kLog2E / p.softcap;
 #pragma unroll
         for (int i = 0; i < kKeys / 2; ++i)  // tanh x = 1 - 2 / (1 + e^2x)
-          S[i] = p.softcap - 2.0f * p.softcap * reciprocal_approx(1.0f + exp2_approx(S[i] * inner));
+          S[i] = p.softcap - 2.0f * p.softcap * reciprocal_approx(1.0f + exp2_approx(S[i] * p.softcap_rate));
       }
     }
     if constexpr (Right || Left || kGeneral) {
@@ -548,9 +551,11 @@ struct ForwardConsumer {
     for (int r = 0; r < 2; ++r) {
       const int i = row + 8 * r;
       if (i >= rows) continue;
-      const int64_t head = (static_cast<int64_t>(tile.split) * p.schedule.heads + tile.b * p.q_heads + tile.h) * rows + i;
+      const int64_t head =
+          (static_cast<int64_t>(tile.split) * p.schedule.heads + tile.b * p.q_heads + tile.h) * rows + i;
       const float factor = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
-      if (lane % 4 == 0) p.partial_lse[head] = sum[r] == 0.0f ? -kInfinity : top[r] * p.unit * kLn2 + log2_approx(sum[r]) * kLn2;
+      if (lane % 4 == 0)
+        p.partial_lse[head] = sum[r] == 0.0f ? -kInfinity : top[r] * p.unit * kLn2 + log2_approx(sum[r]) * kLn2;
       float* out = p.partial_out + head * kWidth + column;
 #pragma unroll
       for (int j = 0; j < kWidth / 8; ++j)
@@ -560,7 +565,8 @@ struct ForwardConsumer {
 };
 
 template <class Config>
-LONGATTN_KERNEL(Config::kThreads) forward_kernel(LONGATTN_PARAMS ForwardParams p) {
+LONGATTN_KERNEL(Config::kThreads)
+forward_kernel(LONGATTN_PARAMS ForwardParams p) {
   const ForwardLayout<Config> layout{shared_base()};
   if (thread_index() == 0) layout.init();
   sync_block(Config::kThreads);

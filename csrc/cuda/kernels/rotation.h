@@ -49,7 +49,8 @@ struct RopeParams {
 
 // A block per token, head and sequence.
 template <class Element>
-LONGATTN_KERNEL(kRotationThreads) rope_kernel(LONGATTN_PARAMS RopeParams p) {
+LONGATTN_KERNEL(kRotationThreads)
+rope_kernel(LONGATTN_PARAMS RopeParams p) {
   const int3 at = block_index();
   p.rotation.template turn<Element>(row_of(p.x, at.z, at.y, at.x), row_of(p.out, at.z, at.y, at.x), p.width,
                                     p.positions[at.z * p.positions_batch + at.x], thread_index(), kRotationThreads);
@@ -67,7 +68,8 @@ struct AppendParams {
 
 // A block per new token, head and sequence: query heads first, if there are queries; then those of keys and values.
 template <class Element>
-LONGATTN_KERNEL(kRotationThreads) append_kernel(LONGATTN_PARAMS AppendParams p) {
+LONGATTN_KERNEL(kRotationThreads)
+append_kernel(LONGATTN_PARAMS AppendParams p) {
   const int3 at = block_index();
   const int i = at.x, b = at.z, queries = clamped(p.query_lens[b], 0, p.nq);
   if (i >= queries) return;

@@ -19,8 +19,7 @@ struct ScheduledTile {
 LONGATTN_HOST_DEVICE ScheduledTile tile_at(const Schedule& s, int t) {
   const int group = t / (s.together * s.query_tiles), in_group = t - group * s.together * s.query_tiles;
   const int rest = s.heads - group * s.together, size = rest < s.together ? rest : s.together;
-  if (!s.longest_last)
-    return {in_group % s.query_tiles, group * s.together + in_group / s.query_tiles};
+  if (!s.longest_last) return {in_group % s.query_tiles, group * s.together + in_group / s.query_tiles};
   return {s.query_tiles - 1 - in_group / size, group * s.together + in_group % size};
 }
 

@@ -42,8 +42,8 @@ LONGATTN_DEVICE void clear_row(uint32_t tile, int row) {
     store_shared(tile + (i / 8 * Rows + row) * kRowBytes + i % 8 * 16, make_uint4(0, 0, 0, 0));
 }
 
-// An accumulator [64 x Width] times a factor for each of a thread's two rows, as 16-bit rows in global memory: 16 bytes at
-// once, after an exchange of words among the 4 lanes that share a row. rows[r] is nullptr where there is none.
+// An accumulator [64 x Width] times a factor for each of a thread's two rows, as 16-bit rows in global memory: 16 bytes
+// at once, after an exchange of words among the 4 lanes that share a row. rows[r] is nullptr where there is none.
 template <class Element, int Width>
 LONGATTN_DEVICE void store_rows(const float (&x)[Width / 2], const float (&factor)[2], uint16_t* const (&rows)[2],
                                 int width) {

@@ -2,6 +2,7 @@
 #include <iterator>
 
 #include "host/attention.h"
+#include "host/combine_launch.h"
 #include "host/plan.h"
 #include "host/rotation_launch.h"
 #include "host/table.h"
@@ -66,15 +67,20 @@ LONGATTN_EXPORT const char* longattn_cuda_backward(const LongattnCall* call) {
 LONGATTN_EXPORT const char* longattn_cuda_append(const LongattnCall* call) { return append(*call); }
 
 LONGATTN_EXPORT const char* longattn_cuda_decode(const LongattnCall* call) {
-  switch (padded_width(kDecodeWidths, larger(call->head_dim, call->v_head_dim))) {
+  const int width = padded_width(kDecodeWidths, larger(call->head_dim, call->v_head_dim));
+  const char* fault = "heads are at most 256 wide";
+  switch (width) {
     case 64:
-      return decode_of_width<64>(*call);
+      fault = decode_of_width<64>(*call);
+      break;
     case 128:
-      return decode_of_width<128>(*call);
+      fault = decode_of_width<128>(*call);
+      break;
     case 256:
-      return decode_of_width<256>(*call);
+      fault = decode_of_width<256>(*call);
+      break;
   }
-  return "heads are at most 256 wide";
+  return fault ? fault : combine(*call, width);
 }
 
 LONGATTN_EXPORT const char* longattn_cuda_rope(const LongattnRope* call) { return rope(*call); }

@@ -17,7 +17,7 @@ _UNIT = 8  # 16-bit numbers in 16 bytes: widths, and strides, are multiples
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x [B, H, N, D], or a copy that TMA can describe: rows of whole 16 bytes, padded with zeros, none of them shared."""
+    """x [B, H, N, D], or a copy that TMA can describe: rows of whole 16 bytes, zeros after them, none shared."""
     width = x.shape[3]
     fits = not width % _UNIT and not x.data_ptr() % (2 * _UNIT)
     for size, stride in zip(x.shape[:3], x.stride(), strict=False):

@@ -15,7 +15,7 @@ _REFUSED = ("bounds", "bias", "alibi_slopes", "dropout", "ring", "int8", "tree",
 
 
 class CudaBackend(Backend):
-    """Kernels for compute capability 9.0; in tests the same on CPU tensors, where the library is the host emulator's."""
+    """Kernels for compute capability 9.0; in tests the same on CPU tensors, if the library is the host emulator's."""
 
     name = "cuda"
 

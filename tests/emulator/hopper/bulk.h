@@ -4,8 +4,7 @@
 
 namespace longattn::hopper {
 
-inline void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
-                      Location at = Location::here()) {
+inline void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, Location at = Location::here()) {
   emulator::bulk_load(to, from, bytes, barrier, at);
 }
 inline void bulk_reduce_add(float* to, uint32_t from, uint32_t bytes, Location at = Location::here()) {
