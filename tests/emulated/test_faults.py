@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import resource
 import shutil
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,7 +22,7 @@ from emulator.faults import FAULTS, Fault
 from helpers import random_qkv
 from longattn.backends.cuda import library
 
-SECONDS = 60  # a fault may make a kernel run for ever
+CPU_SECONDS, SECONDS = 90, 600  # a fault may make a kernel run for ever
 TOLERANCE = 0.02
 SEEDS = ((LATE, 1), (LATE, 10), (EARLY, 1), (RANDOM, 2), (EARLY, 7), (LATE, 2), (LATE, 3), (LATE, 15), (LATE, 23))
 CALLS: tuple[dict[str, Any], ...] = (
@@ -64,6 +66,8 @@ def differs(got: list[Tensor], expected: list[Tensor]) -> bool:
 
 def examine(path: Path, expected: list[list[Tensor]], to: Connection) -> None:
     """In a process of its own: how the faulty library gives itself away, "" if it does not."""
+    faulthandler.disable()
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     library.PATH = path
     library.load.cache_clear()
     engine, first = Engine(), {}
