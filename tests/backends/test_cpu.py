@@ -445,21 +445,45 @@ def memory_is_linear():  # a row block of scores fits, the matrix takes 1.1 GB
     risen = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return risen < 100 * 1024  # KiB
 
-print([name for name in sys.argv[1:] if not in_a_fork(globals()[name])])
+def torch_lends_its_threads():
+    torch.set_num_threads(2)
+    x = torch.randn(256, 256)
+    threads = len(os.listdir("/proc/self/task"))
+    x @ x
+    torch.sin(torch.randn(1 << 20))
+    with_torch = len(os.listdir("/proc/self/task"))
+    call(2, 4, 96, 16)
+    return with_torch == threads + 1 == len(os.listdir("/proc/self/task"))
+
+if sys.argv[1] == "alone":
+    print(globals()[sys.argv[2]]())
+else:
+    print([name for name in sys.argv[1:] if not in_a_fork(globals()[name])])
 """
+
+
+def scenarios(*names: str) -> str:
+    path = os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", SCENARIOS, *names]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and counts memory in Linux's units")
 def test_processes() -> None:
-    scenarios = [
+    names = [
         "forks_compute",
         "forks_of_an_unused_library_compute",
         "multiprocessing_workers_compute",
         "an_unknown_instruction_set_is_refused",
     ]
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # it keeps memory of its own
-        scenarios.append("memory_is_linear")
-    path = os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", SCENARIOS, *scenarios]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
-    assert (done.returncode, done.stdout) == (0, "[]\n"), f"{done.stdout}\n{done.stderr}"
+        names.append("memory_is_linear")
+    assert scenarios(*names) == "[]\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc, and shares torch's on Linux alone")
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="this torch is built without OpenMP")
+def test_torch_lends_its_threads() -> None:
+    assert scenarios("alone", "torch_lends_its_threads") == "True\n"
