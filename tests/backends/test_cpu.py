@@ -369,24 +369,37 @@ ROPE_BAD: list[tuple[str, Any]] = [
     ("x", (4096, -1, 1, 1)),
     ("out", (0, 1, 1, 1)),
     ("out", (4096, HUGE, HUGE, HUGE)),
-    ("angles", (0, 0, 0)),
-    ("angles", (4096, 4096, -1)),
+    ("positions", 0),
+    ("inv_freq", 0),
+    ("positions_batch", -1),
 ]
 
 
 @pytest.mark.parametrize("name, value", ROPE_BAD, ids=str)
 def test_bad_rope_parameters(name: str, value: Any) -> None:
-    x, table = torch.zeros(2, 3, 5, 8), torch.zeros(1, 5, 4)
-    out = torch.zeros_like(x)
+    x, out, positions, inv_freq = torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 5, 8), torch.zeros(5), torch.zeros(4)
     params = cpu.native().RopeParams()
     params.batch, params.heads, params.tokens, params.width = x.shape
     params.rotated = 8
     params.x, params.out = cpu._view(x), cpu._view(out)
-    params.angles = table.data_ptr(), table.data_ptr(), 0
+    params.positions, params.inv_freq = positions.data_ptr(), inv_freq.data_ptr()
     cpu.native().rope(params)
     setattr(params, name, value)
     with pytest.raises(InvalidInput):
         cpu.native().rope(params)
+
+
+@pytest.mark.parametrize("name, value", [("tokens", -1), ("half", HUGE), ("threads", 0), ("dtype", 2), ("cos", 0)])
+def test_bad_angle_parameters(name: str, value: Any) -> None:
+    positions, inv_freq, tables = torch.zeros(5), torch.zeros(4), torch.zeros(2, 5, 4)
+    params = cpu.native().AngleParams()
+    params.tokens, params.half = 5, 4
+    params.positions, params.inv_freq = positions.data_ptr(), inv_freq.data_ptr()
+    params.cos, params.sin = tables[0].data_ptr(), tables[1].data_ptr()
+    cpu.native().angles(params)
+    setattr(params, name, value)
+    with pytest.raises(InvalidInput):
+        cpu.native().angles(params)
 
 
 # ---- Processes. ----
