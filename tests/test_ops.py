@@ -42,21 +42,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 def flat(tensors: Tensors, problem: Problem, backend: str) -> tuple[Any, ...]:
     """The arguments of the operator longattn::attention."""
-    taken: list[tuple[Any, ...]] = []
-
-    class Recorder:
-        @staticmethod
-        def default(*args: Any) -> tuple[Tensor, Tensor]:
-            taken.append(args)
-            return tensors.q, tensors.q
-
-    original = torch.ops.longattn.attention
-    torch.ops.longattn.attention = Recorder
-    try:
-        ops.attention(tensors, problem, backend)
-    finally:
-        torch.ops.longattn.attention = original
-    return taken[0]
+    return (*tensors, *ops._scalars(problem, backend))
 
 
 def sample(call: str, backend: str, requires_grad: bool = False) -> tuple[Any, ...]:

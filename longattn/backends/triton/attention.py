@@ -54,10 +54,8 @@ class Call:
             self.for_k = for_k
             self.q, self.k = _empty_rows(self.q), _empty_rows(self.k)
             self._turn([Turn(tensors.q, self.for_q, self.q), Turn(tensors.k, self.for_k, self.k)], inverse=False)
-        self.descriptors = config.uses_descriptors(problem, architecture) and all(
-            size == 1 or stride
-            for x in (self.q, self.k, self.v)
-            for size, stride in zip(x.shape, x.stride(), strict=True)
+        self.descriptors = config.uses_descriptors(problem, architecture) and not any(
+            _expanded(x) for x in (self.q, self.k, self.v)
         )
         self.kernels = config.kernels(problem, architecture, self.descriptors)
         self.sequences = _sequences(problem, tensors)
@@ -171,16 +169,12 @@ class Call:
 
     def _tiles(self, x: Tensor, rows: int) -> Any:
         """The descriptor of x for tiles of `rows` rows, or None where the hardware has none or cannot describe x."""
-        if not self.descriptors or not x.numel():
+        if not self.descriptors or not x.numel() or _expanded(x):
             return None
-        sizes, strides = list(x.shape), list(x.stride())
-        for at, size in enumerate(sizes[:3]):
-            if size == 1:
-                strides[at] = _ALIGNMENT  # of no meaning, but looked at
-            if not strides[at]:
-                return None
-        strides[3] = 1
-        return TensorDescriptor(x, sizes, strides, [1, 1, rows, padded(x.shape[3])])
+        batch, head, token, _ = x.stride()
+        # Strides of dimensions of one entry mean nothing, but are looked at.
+        strides = [y if size > 1 else _ALIGNMENT for y, size in zip((batch, head, token), x.shape, strict=False)]
+        return _Descriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, padded(x.shape[3])])
 
     def _together(self, *read: Tensor) -> int:
         """Heads of key/value, whose programs start side by side: causal tiles see more or less, the others alike."""
@@ -193,6 +187,13 @@ class Call:
     def _turn(self, turns: Sequence[Turn], inverse: bool) -> None:
         assert self.tensors.inv_freq is not None
         rope(turns, self.tensors.inv_freq, self.problem.rope_factor, self.problem.interleaved, inverse)
+
+
+class _Descriptor(TensorDescriptor):
+    """One of a tensor that fits: to check that again, as Triton's own does, takes as long as a launch."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 class Turn(NamedTuple):
@@ -233,10 +234,16 @@ def rope(turns: Sequence[Turn], inv_freq: Tensor, factor: float, interleaved: bo
 
 def _aligned(x: Tensor) -> Tensor:
     """x, or a copy of it whose rows lie at multiples of 16 bytes: else each entry is loaded by itself."""
-    unit = _ALIGNMENT // x.itemsize
-    if not any(stride % unit for stride in x.stride()[:3]) and not x.data_ptr() % _ALIGNMENT:
-        return x
-    return _empty_rows(x).copy_(x)
+    batch, head, token, _ = x.stride()
+    if (batch | head | token) * x.itemsize % _ALIGNMENT or x.data_ptr() % _ALIGNMENT:
+        return _empty_rows(x).copy_(x)
+    return x
+
+
+def _expanded(x: Tensor) -> bool:
+    """Whether a dimension of x repeats what it holds: no descriptor says so."""
+    strides = x.stride()
+    return 0 in strides and any(not stride and size > 1 for size, stride in zip(x.shape, strides, strict=True))
 
 
 def _empty_rows(x: Tensor) -> Tensor:
@@ -258,12 +265,13 @@ def _sequences(problem: Problem, tensors: Tensors) -> Sequences:
 
 def _visibility(problem: Problem, tensors: Tensors) -> Visibility:
     lo, hi = tensors.lo, tensors.hi
-    return Visibility.of(problem.mask)._replace(
-        offset=None if tensors.offset is None else tensors.offset.contiguous(),
-        key_mask=None if tensors.key_mask is None else tensors.key_mask.contiguous().view(torch.uint8),
-        lo=None if lo is None else lo.contiguous(),
-        hi=None if hi is None else hi.contiguous(),
-        bounds_batch=problem.nq if lo is not None and lo.dim() == 2 else 0,
+    return Visibility.of(
+        problem.mask,
+        None if tensors.offset is None else tensors.offset.contiguous(),
+        None if tensors.key_mask is None else tensors.key_mask.contiguous().view(torch.uint8),
+        None if lo is None else lo.contiguous(),
+        None if hi is None else hi.contiguous(),
+        problem.nq if lo is not None and lo.dim() == 2 else 0,
     )
 
 

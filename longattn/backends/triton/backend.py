@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from types import ModuleType
@@ -26,7 +27,7 @@ class TritonBackend(Backend):
     def unavailable(self) -> str | None:
         if not _INSTALLED:
             return "Triton is not installed"
-        if not _interpreted() and not torch.cuda.is_available():
+        if not _finds_gpu() and not _interpreted():
             return "there is no GPU that torch can use"
         return None
 
@@ -56,7 +57,7 @@ class TritonBackend(Backend):
 
     def forward(self, problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> None:
         with _device_of(out):
-            _attention().Call(problem, tensors, architecture.of_this_device(), _interpreted()).forward(out, lse)
+            _attention().Call(problem, tensors, architecture.of(out.device), _interpreted()).forward(out, lse)
 
     def backward(
         self,
@@ -69,7 +70,7 @@ class TritonBackend(Backend):
         grads: Gradients,
     ) -> None:
         with _device_of(out):
-            call = _attention().Call(problem, tensors, architecture.of_this_device(), _interpreted())
+            call = _attention().Call(problem, tensors, architecture.of(out.device), _interpreted())
             call.backward(out, lse, dout, dlse, grads)
 
     def append(self, problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
@@ -95,6 +96,12 @@ class TritonBackend(Backend):
             attention.rope([attention.Turn(x, positions, out)], inv_freq, factor, interleaved, inverse)
 
 
+@functools.cache
+def _finds_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+@functools.cache
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 

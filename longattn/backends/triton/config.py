@@ -6,6 +6,7 @@ compiled for their architectures (`make compile-gpu`); none is tuned by measurem
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -116,11 +117,17 @@ def kernels(problem: Problem, architecture: int, described: bool) -> Kernels:
     width = max(64, padded(max(problem.head_dim, problem.v_head_dim)))
     if problem.dtype == torch.float32:
         return _FLOAT[width]
-    known = max(known for known in ARCHITECTURES if known <= max(architecture, ARCHITECTURES[0]))
+    known = _known(architecture)
     computes_addresses = known >= 90 and not described
-    if width in _SCORED[known] and (computes_addresses or _SCORING & set(problem.features)):
+    if width in _SCORED[known] and (computes_addresses or not _SCORING.isdisjoint(problem.features)):
         return _SCORED[known][width]
     return _HALF[known][width]
+
+
+@functools.cache
+def _known(architecture: int) -> int:
+    """It, or the next older one that has a table."""
+    return max(known for known in ARCHITECTURES if known <= max(architecture, ARCHITECTURES[0]))
 
 
 def decode_tiles(problem: Problem, dtype: torch.dtype) -> Tiles:
@@ -135,7 +142,7 @@ def decode_tiles(problem: Problem, dtype: torch.dtype) -> Tiles:
 def is_decode(problem: Problem) -> bool:
     """Whether a call without a cache has too few queries to fill a tile of the forward, or a GPU."""
     rows = problem.nq * problem.group
-    return rows <= _DECODE_ROWS and not _NOT_IN_SPLITS & set(problem.features)
+    return rows <= _DECODE_ROWS and _NOT_IN_SPLITS.isdisjoint(problem.features)
 
 
 def product_dtype(problem: Problem) -> torch.dtype:

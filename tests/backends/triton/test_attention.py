@@ -173,8 +173,8 @@ def test_descriptors(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What tensor cores of 9.0 on read by descriptor, as far as the interpreter goes; and what no descriptor fits."""
     monkeypatch.setattr(config, "uses_descriptors", lambda problem, architecture: True)
     made = []
-    descriptor = attention.TensorDescriptor
-    monkeypatch.setattr(attention, "TensorDescriptor", lambda *args: made.append(args[3]) or descriptor(*args))
+    descriptor = attention._Descriptor
+    monkeypatch.setattr(attention, "_Descriptor", lambda *args: made.append(args[3]) or descriptor(*args))
     call = FEATURES[feature]()
     check_attention(*random_qkv(B, (HQ, 1), (NQ, 70), (16, 12), torch.float16), backend="triton", **call)
     assert made == [[1, 1, 16, 16]] * 6  # of k, v, then of q, dout, k, v

@@ -175,7 +175,7 @@ def test_splits_fill_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = KVCache(1, 1, 20, v_head_dim=12)
     cache.append(k, v)
     found = []
-    assert splits.split_count(Problem(1, 3, 1, 1, 300, 20, 12, q.dtype, "cpu", Mask(), 1.0), 1, 16) == 18
+    assert splits.split_count(Problem(1, 3, 1, 1, 300, 20, 12, q.dtype, "cpu", Mask(), 1.0), 1, 16, 132) == 18
     for most in (128, 7, 1):
         monkeypatch.setattr(config, "MOST_SPLITS", most)
         found.append(attention_with_cache(q, None, None, cache, backend="triton"))
