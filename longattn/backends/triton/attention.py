@@ -224,7 +224,7 @@ def rope(turns: Sequence[Turn], inv_freq: Tensor, factor: float, interleaved: bo
         arguments += (Rows.of(x), Rows.of(out), positions, n if by_batch else 0, n, x.shape[1])
         programs.append(math.ceil(n / tokens) * math.ceil(x.shape[1] / heads) * x.shape[0])
     if len(turns) == 1:
-        arguments += [None] * len(arguments)
+        arguments += [Rows.of(None), Rows.of(None), *[None] * 4]
     launch.launch(
         rope_kernel, sum(programs), *arguments, programs[0], inv_freq, factor,
         PAIRS=pairs, WIDTH=width, INTERLEAVED=interleaved, INVERSE=inverse, T=tokens, H=heads, P=block, REST=rest,
@@ -277,8 +277,11 @@ def _visibility(problem: Problem, tensors: Tensors) -> Visibility:
 
 def _dropout(problem: Problem, tensors: Tensors) -> Dropout:
     if not problem.dropout_p:
-        return Dropout(None, None, None)
-    return Dropout(tensors.seed, min(round(problem.dropout_p * 2**32), 2**32 - 1), 1.0 / (1.0 - problem.dropout_p))
+        return Dropout()
+    threshold, scale = min(round(problem.dropout_p * 2**32), 2**32 - 1), 1.0 / (1.0 - problem.dropout_p)
+    if "origin" not in problem.features:
+        return Dropout(tensors.seed, threshold, scale)
+    return Dropout(tensors.seed, threshold, scale, *problem.origin, uneven=1 if problem.origin.key % 4 else None)
 
 
 def _sum_slopes(problem: Problem, tensors: Tensors, rows: Tensor, out: Tensor) -> None:

@@ -47,8 +47,6 @@ class TritonBackend(Backend):
                 found.append(f"{name} is at most 512, not {width}")
         if max(problem.nq, problem.nk, abs(problem.mask.offset)) >= _LONGEST:
             found.append(f"positions are below {_LONGEST}")
-        if "origin" in problem.features:
-            found.append("counts dropout from the call's own first query and key, not from an origin")
         if not found and problem.device == "cuda" and not torch.compiler.is_compiling():
             fault = architecture.fault()
             if fault is not None:

@@ -77,9 +77,9 @@ def _take_in(problem: Problem, tensors: CacheTensors, slots: Slots) -> tuple[Ten
             problem.rope_factor,
             problem.frame + slots.sinks - 1,
         )
-    rows = [None if x is None else Rows.of(x) for x in (q, near, far, tensors.k, tensors.v)]
     launch.launch(
-        append_kernel, problem.batch * tiles * sum(heads), *rows, _pages(slots), _lengths(tensors), rotation, *heads,
+        append_kernel, problem.batch * tiles * sum(heads), *map(Rows.of, (q, near, far, tensors.k, tensors.v)),
+        _pages(slots), _lengths(tensors), rotation, *heads,
         problem.nq, tiles,
         WIDTH=problem.head_dim, V_WIDTH=problem.v_head_dim, D=padded(problem.head_dim), DV=padded(problem.v_head_dim),
         PAIRS=pairs, INTERLEAVED=problem.interleaved, TURN_KEYS=turn and tensors.cos is None, T=tokens, num_warps=4,

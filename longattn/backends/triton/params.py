@@ -16,7 +16,10 @@ _UNBOUNDED = 1 << 30  # a window side that no position reaches the end of
 
 
 class Rows(NamedTuple):
-    """A tensor [B, H, N, D] with unit stride in D: its address, and strides in elements."""
+    """A tensor [B, H, N, D] with unit stride in D: its address, and strides in elements. Of none, Nones.
+
+    (Triton 3.6 cannot ask a tuple that holds None whether it is None.)
+    """
 
     ptr: Any
     batch: Any
@@ -25,7 +28,9 @@ class Rows(NamedTuple):
     wide: Any  # not None: offsets within a tile may exceed 32 bits
 
     @classmethod
-    def of(cls, x: Tensor) -> Rows:
+    def of(cls, x: Tensor | None) -> Rows:
+        if x is None:
+            return cls(None, None, None, None, None)
         batch, head, token, _ = x.stride()
         return cls(x, batch, head, token, 1 if token * LONGEST_TILE >= 2**31 else None)
 
@@ -96,9 +101,14 @@ class ScoreTerms(NamedTuple):
 class Dropout(NamedTuple):
     """An entry is dropped if its 32 random bits are below the threshold; what is kept is scaled up."""
 
-    seed: Any  # int64 [1], or None: no dropout
-    threshold: Any
-    scale: Any
+    seed: Any = None  # int64 [1], or None: no dropout
+    threshold: Any = None
+    scale: Any = None
+    sequence: Any = None  # problem.Origin, from which counters count; None: the call's own first
+    head: Any = None
+    query: Any = None
+    key: Any = None
+    uneven: Any = None  # not None: key is no multiple of 4, which is how many numbers a counter gives
 
 
 class Pages(NamedTuple):

@@ -62,7 +62,7 @@ def attend(
         partial = torch.empty(*shape, padded(problem.v_head_dim), dtype=torch.float32, device=out.device)
         log_sums = torch.empty(shape, dtype=torch.float32, device=out.device)
     launch.launch(
-        attend_kernel, programs * splits, Rows.of(q), None if far is None else Rows.of(far), pages, Rows.of(out),
+        attend_kernel, programs * splits, Rows.of(q), Rows.of(far), pages, Rows.of(out),
         log_sums, partial, float32(sink_logits), lengths, mask, terms, tables, problem.kv_heads, problem.group,
         problem.nq, row_tiles, splits,
         WIDTH=problem.head_dim, V_WIDTH=problem.v_head_dim, D=padded(problem.head_dim), DV=padded(problem.v_head_dim),
