@@ -38,16 +38,20 @@ _HALF: dict[int, dict[int, Kernels]] = {
         64: Kernels(Tiles(128, 64, 8, 3), Tiles(32, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 1)),
         128: Kernels(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1)),
         256: Kernels(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-        512: Kernels(Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        512: Kernels(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     90: {
         64: Kernels(Tiles(128, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 1)),
         128: Kernels(Tiles(128, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 1)),
         256: Kernels(Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1)),
-        512: Kernels(Tiles(64, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        512: Kernels(Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1)),
     },
 }
-_HALF[100] = {**_HALF[90], 128: _HALF[90][128]._replace(forward=Tiles(128, 64, 8, 3))}
+_HALF[100] = {
+    **_HALF[90],
+    128: _HALF[90][128]._replace(forward=Tiles(128, 64, 8, 3)),
+    512: _HALF[90][512]._replace(key_gradient=Tiles(16, 16, 8, 1)),
+}
 
 # For want of registers where scores are more than products, weights are dropped, or addresses are computed that the
 # hardware else would; wider heads as above.
