@@ -173,6 +173,7 @@ class CacheShape(NamedTuple):
     window: int | None  # newest tokens that are kept, None: all
     sinks: int  # first tokens that are kept beside a window
     cache_positions: bool  # keys rotate at their place in the cache
+    ring: int  # slots past the sinks where new keys take those of old ones; 0: none do
 
 
 class Rotation(NamedTuple):
@@ -217,6 +218,8 @@ def cached(
     if max(after) > _INT32_MAX:
         raise InvalidInput("k", "sequences of less than 2^31 tokens", f"{max(after)}")
     mask = _cache_mask(causal, window, sinks, shape)
+    if k is None:  # else room was made for the new tokens
+        _check_ring(mask, shape, after, counts)
     for name, parameter in (("alibi_slopes", alibi_slopes), ("sink_logits", sink_logits)):
         if parameter is not None and torch.is_grad_enabled() and parameter.requires_grad:
             raise InvalidInput(name, "no gradient in a call on a cache (see torch.no_grad)", "requires_grad")
@@ -483,6 +486,16 @@ def _cache_mask(causal: bool, window: Window, sinks: int | None, shape: CacheSha
             kept = f"the cache's {shape.window}" if name == "window" else f"the cache's {most}"
             raise InvalidInput(name, f"at most {kept}", window if name == "window" else sinks)
     return mask
+
+
+def _check_ring(mask: Mask, shape: CacheShape, after: list[int], counts: list[int]) -> None:
+    """Queries of old tokens may see keys that newer ones have taken the slots of."""
+    if mask.left is None or not shape.ring:
+        return
+    wrapped = [count for n, count in zip(after, counts, strict=True) if n > shape.sinks + shape.ring]
+    seen = mask.left + max(wrapped, default=0)
+    if seen > shape.ring:
+        raise InvalidInput("window", "keys that the ring still holds", f"{seen} keys of {shape.ring}")
 
 
 def draft_tree(tree: object, batch: int, nq: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 import longattn
 import oracle
 from helpers import _compare, drawn, one_thread, run
-from longattn import KVCache, PagedKVCache, Rope, SlidingKVCache, attention_with_cache
+from longattn import KVCache, PagedKVCache, Rope, SlidingKVCache, attention_with_cache, ops
 from longattn.mask import Mask
 from longattn.scaling import YaRN
 
@@ -213,7 +213,7 @@ def test_hidden_keys_never_matter() -> None:
 
 
 CACHES: dict[str, Callable[[torch.dtype], Any]] = {
-    "contiguous": lambda dtype: KVCache(2, 2, 128, dtype=dtype, device=DEVICE),
+    "contiguous": lambda dtype: KVCache(2, 2, 128, capacity=1700, dtype=dtype, device=DEVICE),
     "paged": lambda dtype: PagedKVCache(2, 2, 128, num_pages=400, page_size=16, dtype=dtype, device=DEVICE),
     "ring": lambda dtype: SlidingKVCache(2, 2, 128, window=200, sinks=4, dtype=dtype, device=DEVICE),
     "places in the ring": lambda dtype: SlidingKVCache(
@@ -264,6 +264,55 @@ def test_graphs_capture_calls() -> None:
         x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(out, longattn.attention(q, k, v, **call))
+
+
+def test_graphs_capture_gradients() -> None:
+    q, k, v, dout = (
+        x.to(DEVICE) for x in (*draw((4, 2), (300, 300), (64, 64), torch.bfloat16), torch.randn(1, 4, 300, 64))
+    )
+    leaves, dout = [x.requires_grad_() for x in (q, k, v)], dout.bfloat16()
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(longattn.attention(*leaves, causal=True, backend="triton"), leaves, dout)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    dout.copy_(torch.randn_like(dout))
+    graph.replay()
+    for got, expected in zip(found, step(), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "ring", "places in the ring"])
+def test_graphs_capture_a_step_on_a_cache(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One captured step serves those after it: lengths lie on the GPU, and nk is but the most that they may say."""
+    caches = [CACHES[kind](torch.bfloat16) for _ in range(2)]
+    calls: list[Any] = []
+    run = ops.attention_with_cache
+    monkeypatch.setattr(ops, "attention_with_cache", lambda *call: calls.append(call) or run(*call))
+    for new in (1500, 1):
+        x = [torch.randn(2, heads, new, 128, device=DEVICE).bfloat16() for heads in (8, 2, 2)]
+        for cache in caches:
+            attention_with_cache(*x, cache, rope=Rope(128), backend="triton")
+    tensors, slots, problem, backend = calls[-2]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = run(tensors, slots, problem._replace(nk=1600), backend)
+    for _ in range(4):
+        x = [torch.randn_like(y) for y in tensors[:3]]
+        for y, new in zip(tensors[:3], x, strict=True):
+            y.copy_(new)
+        tensors.key_lens.add_(1)
+        graph.replay()
+        expected = attention_with_cache(*x, caches[1], rope=Rope(128), backend="triton")
+        torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
 
 
 def test_compiled() -> None:

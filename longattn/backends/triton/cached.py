@@ -22,7 +22,6 @@ from longattn.backends.triton.params import (
     precision,
 )
 from longattn.backends.triton.splits import attend
-from longattn.errors import InvalidInput
 from longattn.problem import CacheTensors, Problem, Slots
 
 _NEW_ENTRIES = 1024  # of a head a program: tokens times padded width
@@ -35,8 +34,6 @@ def append(problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
 
 def decode(problem: Problem, tensors: CacheTensors, slots: Slots, out: Tensor, lse: Tensor, interpreted: bool) -> None:
     """Backend.decode."""
-    if tensors.k is None and slots.ring:
-        _check_ring(problem, tensors, slots)
     near, far = _take_in(problem, tensors, slots)
     assert near is not None
     attend(
@@ -85,20 +82,6 @@ def _take_in(problem: Problem, tensors: CacheTensors, slots: Slots) -> tuple[Ten
         PAIRS=pairs, INTERLEAVED=problem.interleaved, TURN_KEYS=turn and tensors.cos is None, T=tokens, num_warps=4,
     )  # fmt: skip
     return q if near is None else near, far
-
-
-def _check_ring(problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
-    """Queries of old tokens may see keys that newer ones have taken the slots of. (New tokens were made room for.)
-
-    Raises:
-        InvalidInput: they do.
-    """
-    left = problem.nk if problem.mask.left is None else problem.mask.left
-    if problem.nk <= slots.sinks + slots.ring or left + problem.nq <= slots.ring:
-        return
-    seen = left + int(tensors.query_lens.max())
-    if seen > slots.ring:
-        raise InvalidInput("window", "keys that the ring still holds", f"{seen} keys of {slots.ring}")
 
 
 def _pages(slots: Slots) -> Pages:
