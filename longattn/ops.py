@@ -27,6 +27,7 @@ from longattn.problem import (
     Tensors,
     cache_features,
     check_sequences,
+    checks_enabled,
     present_features,
 )
 
@@ -312,7 +313,7 @@ def _attention_impl(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward(tensors: Tensors, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    if problem.varlen and problem.device == "cpu":
+    if problem.varlen and (problem.device == "cpu" or checks_enabled()):
         check_sequences(tensors, problem)
     out, lse = _empty_results(tensors.q, tensors.v)
     registry.get(backend).forward(problem, tensors, out, lse)

@@ -13,7 +13,7 @@ from torch import Tensor
 import longattn
 import oracle
 from helpers import _compare, drawn, one_thread, run
-from longattn import KVCache, PagedKVCache, Rope, SlidingKVCache, attention_with_cache, ops
+from longattn import InvalidInput, KVCache, PagedKVCache, Rope, SlidingKVCache, attention_with_cache, ops
 from longattn.mask import Mask
 from longattn.scaling import YaRN
 
@@ -140,6 +140,18 @@ def test_packed() -> None:
         for name, x in got.items():
             scale = float(exact[name].abs().max())
             torch.testing.assert_close(x.float(), exact[name].float(), atol=2e-2 * scale, rtol=2e-2, msg=name)
+
+
+def test_lengths_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads them but where LONGATTN_CHECK asks for it; the kernels stay inside the tensors."""
+    q, k, v = (torch.randn(90, 2, 64, device=DEVICE).bfloat16() for _ in range(3))
+    for entries in ((0, 70, 30), (-5, 40, 1 << 30)):
+        wrong = torch.tensor(entries, dtype=torch.int32, device=DEVICE)
+        longattn.attention_varlen(q, k, v, wrong, wrong, 90, 90, backend="triton")
+        torch.cuda.synchronize()
+        with monkeypatch.context() as patch, pytest.raises(InvalidInput, match="cu_seqlens_q"):
+            patch.setenv("LONGATTN_CHECK", "1")
+            longattn.attention_varlen(q, k, v, wrong, wrong, 90, 90, backend="triton")
 
 
 def test_rows_that_no_descriptor_fits() -> None:
