@@ -54,8 +54,8 @@ class Call:
             self.for_k = for_k
             self.q, self.k = _empty_rows(self.q), _empty_rows(self.k)
             self._turn([Turn(tensors.q, self.for_q, self.q), Turn(tensors.k, self.for_k, self.k)], inverse=False)
-        self.descriptors = config.uses_descriptors(problem, architecture) and not any(
-            _expanded(x) for x in (self.q, self.k, self.v)
+        self.descriptors = config.uses_descriptors(problem, architecture) and not (
+            _expanded(self.q) or _expanded(self.k) or _expanded(self.v)
         )
         self.kernels = config.kernels(problem, architecture, self.descriptors)
         self.sequences = _sequences(problem, tensors)
@@ -88,7 +88,7 @@ class Call:
             *map(Rows.of, (self.q, self.k, self.v)), self._tiles(self.k, self.kernels.forward.n),
             self._tiles(self.v, self.kernels.forward.n), Rows.of(out), lse, float32(tensors.sink_logits),
             self.sequences, self.mask, self.terms, self.dropout, problem.q_heads, problem.group, tiles,
-            self._together(self.k, self.v) * problem.group,
+            self._together(problem.nk) * problem.group,
         )  # fmt: skip
 
     def backward(self, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
@@ -113,7 +113,7 @@ class Call:
             self._launch(
                 key_gradient_kernel, own, tiles * problem.kv_heads * problem.batch,
                 *inputs, self._tiles(self.q, own.m), self._tiles(dout, own.m), Rows.of(dk), Rows.of(dv), lse, delta,
-                *shared, problem.kv_heads, problem.group, tiles, self._together(self.q, dout),
+                *shared, problem.kv_heads, problem.group, tiles, self._together(problem.nq * problem.group),
             )  # fmt: skip
         if grads.q is not None or grads.alibi_slopes is not None:
             dq = torch.empty_like(self.q) if grads.q is None else grads.q
@@ -125,7 +125,7 @@ class Call:
             self._launch(
                 query_gradient_kernel, own, tiles * problem.q_heads * problem.batch,
                 *inputs, self._tiles(self.k, own.n), self._tiles(self.v, own.n), Rows.of(dq), lse, delta, rows,
-                *shared, problem.q_heads, problem.group, tiles, self._together(self.k, self.v) * problem.group,
+                *shared, problem.q_heads, problem.group, tiles, self._together(problem.nk) * problem.group,
             )  # fmt: skip
             if rows is not None and grads.alibi_slopes is not None:
                 _sum_slopes(problem, tensors, rows, grads.alibi_slopes)
@@ -171,18 +171,23 @@ class Call:
         """The descriptor of x for tiles of `rows` rows, or None where the hardware has none or cannot describe x."""
         if not self.descriptors or not x.numel() or _expanded(x):
             return None
-        batch, head, token, _ = x.stride()
-        # Strides of dimensions of one entry mean nothing, but are looked at.
-        strides = [y if size > 1 else _ALIGNMENT for y, size in zip((batch, head, token), x.shape, strict=False)]
-        return _Descriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, padded(x.shape[3])])
+        sizes, strides = list(x.shape), list(x.stride())
+        if 1 in sizes:  # its stride means nothing, but is looked at
+            strides = [_ALIGNMENT if size == 1 else stride for size, stride in zip(sizes, strides, strict=True)]
+        strides[3] = 1
+        return _Descriptor(x, sizes, strides, [1, 1, rows, padded(sizes[3])])
 
-    def _together(self, *read: Tensor) -> int:
-        """Heads of key/value, whose programs start side by side: causal tiles see more or less, the others alike."""
+    def _together(self, rows: int) -> int:
+        """Heads of key/value, whose programs start side by side: causal tiles see more or less, the others alike.
+
+        Args:
+            rows: that the programs of a head read, of both widths.
+        """
         mask, problem = self.problem.mask, self.problem
         if mask.right is None or mask.left is not None or problem.varlen:
             return 1
-        head = sum(x.shape[2] * x.shape[3] * x.itemsize for x in read) * (read[0].shape[1] // problem.kv_heads)
-        return max(1, min(problem.batch * problem.kv_heads, _CACHED_BYTES // max(1, head)))
+        read = rows * (problem.head_dim + problem.v_head_dim) * problem.dtype.itemsize
+        return max(1, min(problem.batch * problem.kv_heads, _CACHED_BYTES // max(1, read)))
 
     def _turn(self, turns: Sequence[Turn], inverse: bool) -> None:
         assert self.tensors.inv_freq is not None
@@ -256,10 +261,9 @@ def _sequences(problem: Problem, tensors: Tensors) -> Sequences:
     return Sequences(
         problem.nq,
         problem.nk,
-        *(
-            None if x is None else x.contiguous()
-            for x in (tensors.key_lens, tensors.cu_seqlens_q, tensors.cu_seqlens_k)
-        ),
+        None if tensors.key_lens is None else tensors.key_lens.contiguous(),
+        None if tensors.cu_seqlens_q is None else tensors.cu_seqlens_q.contiguous(),
+        None if tensors.cu_seqlens_k is None else tensors.cu_seqlens_k.contiguous(),
     )
 
 
