@@ -26,6 +26,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -280,8 +281,9 @@ def main(arguments: list[str] | None = None) -> int:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder  # what others have compiled says nothing about today's compiler
-        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-            for case, result in zip(todo, pool.imap(compile_case, todo), strict=True):
+        # (A Pool would wait for ever for a process that was killed.)
+        with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+            for case, result in zip(todo, pool.map(compile_case, todo), strict=True):
                 print(f"{time.monotonic() - start:4.0f} s  {case}{': failed' * isinstance(result, str)}", flush=True)
                 results.append(result)
     failed = [result for result in results if isinstance(result, str)]
