@@ -17,7 +17,7 @@ from longattn.distributed import blockwise, ulysses
 from longattn.distributed.agreement import agree, contents_of, refusing, shape_of
 from longattn.distributed.geometry import Geometry
 from longattn.distributed.halo import Halo
-from longattn.distributed.mesh import Group, Ranks, checks_enabled
+from longattn.distributed.mesh import Group, Ranks
 from longattn.distributed.ring import Ring
 from longattn.distributed.schedule import HALO, SCHEDULES, ULYSSES, Call, Choice, choose, explanation, reasons
 from longattn.distributed.sharding import in_order
@@ -26,7 +26,7 @@ from longattn.distributed.whole import Whole
 from longattn.errors import InvalidInput
 from longattn.functional import attention
 from longattn.mask import Mask
-from longattn.problem import Problem, Tensors
+from longattn.problem import Problem, Tensors, checks_enabled
 from longattn.redirection import redirected
 from longattn.rope import Rope
 
