@@ -21,6 +21,7 @@ LAYERS = (
     ("integrations", "compat"),
     ("models",),
     ("nn", "distributed"),
+    ("extension",),
     ("cache",),
     ("functional", "inspect"),
     ("arguments", "explanation", "redirection"),

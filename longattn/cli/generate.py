@@ -61,8 +61,8 @@ class _Tokenizer(NamedTuple):
 @click.option(
     "--positions",
     type=click.Choice(["original", "cache"]),
-    default="original",
-    help="Of sliding layers, in the rotation: those in the stream, or in the window (StreamingLLM).",
+    help="Of sliding layers, in the rotation: those in the stream, or in the window (StreamingLLM). By default the "
+    "model's own.",
 )
 @click.option("--dtype", type=click.Choice(_DTYPES), default="float32", help="Of the weights.")
 @click.option("--cache-dtype", type=click.Choice([*_DTYPES, "int8"]), help="Of the caches; the weights' by default.")
@@ -84,7 +84,7 @@ def generate(
     draft_tokens: int,
     window: int | None,
     sinks: int,
-    positions: str,
+    positions: str | None,
     dtype: str,
     cache_dtype: str | None,
     device: str,

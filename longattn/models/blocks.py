@@ -95,9 +95,11 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config)
         self.attention = attend(
             causal=causal,
-            rope=config.rope,
+            rope=config.rope_of(layer),
             window=config.window if sliding else None,
             sinks=config.sinks if sliding else 0,
+            window_positions=config.window_positions if sliding else "original",
+            methods=config.methods_of(layer),
         )
         self.cross_attention_norm = make_norm(config) if cross_attention else None
         self.cross_attention = attend(causal=False) if cross_attention else None
