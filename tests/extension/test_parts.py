@@ -165,7 +165,27 @@ def test_log_n_sharpens_the_softmax() -> None:
     sharp.load_state_dict(plain.state_dict())
     x = torch.randn(2, 20, 24, dtype=torch.float64)
     q, k, v = heads_of(plain, x)
-    q, k, v = heads_of_x
+    scale = torch.tensor([max(1.0, math.log(p + 1) / math.log(8)) for p in range(20)], dtype=torch.float64)
+    inv_freq = ROPE.frequencies(1)[0]
+    out = dense_attention(q * scale[:, None], k, v, inv_freq, lambda p, j: (p, j), [0] * 20)
+    wanted = plain.o_proj(out.transpose(1, 2).flatten(-2))
+    torch.testing.assert_close(sharp(x), wanted, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(sharp(x)[:, :8], plain(x)[:, :8])
+    cache = KVCache(2, 2, 8, dtype=torch.float64)
+    with torch.no_grad():
+        pieces = [sharp(part, cache=cache) for part in x.split(7, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), wanted, rtol=1e-6, atol=1e-7)
+    rows = sharp.weights(x, [3, 19])
+    torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]))
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (6, 3), (4, 1), (2, 1)], ids=str)
+def test_shifted_groups_while_training(heads: tuple[int, int]) -> None:
+    q_heads, kv_heads = heads
+    group, tokens = 6, 22
+    attention = Attention(24, q_heads, kv_heads, head_dim=8, rope=ROPE, methods=[ShiftedGroups(group)]).double()
+    x = torch.randn(1, tokens, 24, dtype=torch.float64)
+    q, k, v = heads_of(attention, x)
     k, v = (y.repeat_interleave(q_heads // kv_heads, 1) for y in (k, v))
     kept = q_heads - (kv_heads // 2) * (q_heads // kv_heads) if kv_heads > 1 else q_heads - q_heads // 2
     outs = []
