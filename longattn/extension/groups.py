@@ -10,7 +10,6 @@ from torch import Tensor
 from longattn.errors import InvalidInput
 from longattn.extension.parts import Part, attend_in_parts
 from longattn.extension.places import Places
-from longattn.rope import Rope
 
 __all__ = ["attend_in_shifted_groups"]
 
@@ -22,7 +21,6 @@ def attend_in_shifted_groups(
     places: Places,
     group: int,
     *,
-    rope: Rope | None,
     sink_logits: Tensor | None = None,
     **keywords: Any,
 ) -> Tensor:
@@ -50,9 +48,7 @@ def attend_in_shifted_groups(
     outs = []
     for of_q, of_k, shift in halves:
         first = (torch.div(at + shift, group, rounding_mode="floor") * group - shift).clamp(min=0)
-        part = Part(places.starts + first, places.queries + 1, (at, places.keys))
+        part = Part(places.starts + first, places.queries + 1)
         sinks = None if sink_logits is None else sink_logits[of_q]
-        outs.append(
-            attend_in_parts(q[:, of_q], k[:, of_k], v[:, of_k], [part], rope=rope, sink_logits=sinks, **keywords)
-        )
+        outs.append(attend_in_parts(q[:, of_q], k[:, of_k], v[:, of_k], [part], sink_logits=sinks, **keywords))
     return torch.cat(outs, dim=1)

@@ -67,7 +67,7 @@ class SelfExtend(Remapping, name="self_extend"):
     def parts(self, places: Places) -> list[Part]:
         p, at = places.queries, places.in_sequence
         oldest = p - self.window + 1
-        near = Part(torch.maximum(places.starts, oldest), p + 1, (at, places.keys))
+        near = Part(torch.maximum(places.starts, oldest), p + 1)
         if places.keys.shape[-1] <= self.window:
             return [near]
         shift = self.window - self.window // self.group

@@ -19,12 +19,12 @@ __all__ = ["Part", "attend_in_parts", "window_parts"]
 class Part(NamedTuple):
     """Some of the keys that a query sees: lo <= j < hi, int64 [Nq] or [B, Nq], and where both stand in the rotation.
 
-    positions: for queries [Nq] or [B, Nq] and for keys [Nk] or [B, Nk]; None: nothing turns.
+    positions: for queries [Nq] or [B, Nq] and for keys [Nk] or [B, Nk]; None: where they stand in their sequence.
     """
 
     lo: Tensor
     hi: Tensor
-    positions: tuple[Tensor, Tensor] | None
+    positions: tuple[Tensor, Tensor] | None = None
 
 
 def window_parts(places: Places, window: int | None, sinks: int, at_cache: bool) -> list[Part]:
@@ -37,12 +37,12 @@ def window_parts(places: Places, window: int | None, sinks: int, at_cache: bool)
     """
     p, at = places.queries, places.in_sequence
     if window is None:
-        return [Part(places.starts, p + 1, (at, places.keys))]
+        return [Part(places.starts, p + 1)]
     oldest = torch.maximum(places.starts, p - window + 1)
-    parts = [Part(oldest, p + 1, (at, places.keys))]
+    parts = [Part(oldest, p + 1)]
     if sinks and places.keys.shape[-1] > window:
-        stands = at.clamp(max=window + sinks - 1) if at_cache else at
-        parts.append(Part(places.starts, torch.minimum(places.starts + sinks, oldest), (stands, places.keys)))
+        moved = (at.clamp(max=window + sinks - 1), places.keys) if at_cache else None
+        parts.append(Part(places.starts, torch.minimum(places.starts + sinks, oldest), moved))
     return parts
 
 
@@ -53,6 +53,7 @@ def attend_in_parts(
     parts: Sequence[Part],
     *,
     rope: Rope | None,
+    standing: tuple[Tensor, Tensor] | None,
     sink_logits: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
@@ -63,7 +64,8 @@ def attend_in_parts(
     Args:
         q, k, v, keywords: as in `longattn.attention`, without what says which keys are seen.
         parts: what each query sees; no key in two of a query's parts.
-        rope: turns what a part gives positions to.
+        rope: turns queries and keys, where they have positions.
+        standing: positions of the queries and keys of parts that have none; None: these stay as they are.
         sink_logits: counted once. dropout_p: the weights that are dropped are those of one call.
 
     Raises:
@@ -74,13 +76,14 @@ def attend_in_parts(
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
     outs, lses = [], []
     for number, part in enumerate(parts):
+        positions = None if rope is None else part.positions or standing
         out, lse = attention(
             q,
             k,
             v,
             bounds=(part.lo.to(torch.int32), part.hi.to(torch.int32)),
-            rope=None if part.positions is None else rope,
-            positions=None if rope is None else part.positions,
+            rope=None if positions is None else rope,
+            positions=positions,
             sink_logits=sink_logits if number == 0 else None,
             dropout_p=dropout_p,
             seed=seed,

@@ -248,6 +248,7 @@ class Attention(nn.Module):
         q, k, v = ((x[None] if packed else x).transpose(1, 2) for x in (q, k, v))
         call: dict[str, Any] = {
             "rope": self.rope,
+            "standing": (places.in_sequence, places.keys),
             "key_mask": key_mask,
             "key_lens": key_lens,
             "scale": self.scale,
@@ -351,6 +352,7 @@ class Attention(nn.Module):
                 values.to(q.dtype),
                 self._remapping.parts(places),
                 rope=self.rope,
+                standing=(places.in_sequence, places.keys),
                 scale=self.scale,
                 softcap=self.softcap,
                 sink_logits=self.sink_logits,

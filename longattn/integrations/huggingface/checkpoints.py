@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import reduce
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,8 +18,17 @@ from torch import Tensor, nn
 
 from longattn.errors import InvalidInput
 from longattn.integrations.huggingface import bert, gpt2, llama
+from longattn.integrations.huggingface.methods import listed_methods
 from longattn.integrations.huggingface.weights import to_ours, to_theirs, without_derived
-from longattn.models import Decoder, Encoder, MaskedLM, SequenceClassifier, TokenClassifier, TransformerConfig
+from longattn.models import (
+    Decoder,
+    Encoder,
+    MaskedLM,
+    SequenceClassifier,
+    TokenClassifier,
+    TransformerConfig,
+    extended_config,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -145,7 +155,8 @@ def config_from_hf(config: PreTrainedConfig) -> TransformerConfig:
     """
     if config.model_type not in _FAMILIES:
         raise InvalidInput("config", f"model_type {' or '.join(_FAMILIES)}", config.model_type)
-    return _FAMILIES[config.model_type].config_from_hf(config)
+    ours = _FAMILIES[config.model_type].config_from_hf(config)
+    return reduce(extended_config, listed_methods(config), ours)
 
 
 def config_to_hf(config: TransformerConfig) -> PreTrainedConfig:
