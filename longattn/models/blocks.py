@@ -122,6 +122,7 @@ class Block(nn.Module):
         memory_lens: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        positions: Tensor | None = None,
         cache: Cache | None = None,
         memory_cache: Cache | None = None,
         lengths: Tensor | Sequence[int] | None = None,
@@ -133,8 +134,8 @@ class Block(nn.Module):
         Args:
             memory: [B, M, C], for the cross-attention; memory_mask and memory_lens: its key_mask and key_lens.
             memory_cache: that remembers it, in place of memory.
-            key_mask, key_lens, cu_seqlens, max_seqlen, cache, lengths, sequences, tree: of the self-attention, as in
-                `longattn.nn.Attention`.
+            key_mask, key_lens, cu_seqlens, max_seqlen, positions, cache, lengths, sequences, tree: of the
+                self-attention, as in `longattn.nn.Attention`; a layer that rotates nothing has no use for positions.
         """
         x = self._attend_within(
             x,
@@ -142,6 +143,7 @@ class Block(nn.Module):
             key_lens=key_lens,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
+            positions=None if self.attention.rope is None else positions,
             cache=cache,
             lengths=lengths,
             sequences=sequences,

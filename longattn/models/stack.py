@@ -153,7 +153,11 @@ class Stack(nn.Module):
         if config.positions != "rope":
             places = token_places(x.shape[-2], x.device)
             length = attention.get("max_seqlen") or whole_length(x.shape[-2])
-            if cu_seqlens is not None:
+            given = attention.get("positions")
+            if given is not None:
+                places, length = given, int(given.max()) + 1 if given.numel() else 0
+                attention = {**attention, "positions": None}
+            elif cu_seqlens is not None:
                 places = _places_in_sequences(places, cu_seqlens)
             elif caches is not None:
                 places, length = _places_after(caches[0], x, attention)

@@ -249,8 +249,9 @@ def _inputs(batch: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    matrices = [weight for weight in trained if weight.dim() > 1]
+    vectors = [weight for weight in trained if weight.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
@@ -280,6 +281,8 @@ def _restore(
             raise InvalidInput(f"checkpoint's {name}", _different(ours, theirs), _different(theirs, ours))
     load_weights(model, saved)
     for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
         state = {key: saved.optimizer.get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
         if any(value is None for value in state.values()):
             raise InvalidInput("checkpoint", "the optimiser's state of every weight", f"none of {name}")
