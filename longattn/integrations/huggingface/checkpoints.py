@@ -33,7 +33,7 @@ from longattn.models import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["config_from_hf", "config_to_hf", "from_hf", "load_pretrained", "to_hf"]
+__all__ = ["config_from_hf", "config_to_hf", "from_hf", "load_into", "load_pretrained", "to_hf"]
 
 _INDEX = "model.safetensors.index.json"
 
@@ -145,6 +145,23 @@ def to_hf(model: nn.Module) -> PreTrainedModel:
     theirs.load_state_dict(state, assign=True)
     theirs.tie_weights()
     return theirs.eval()
+
+
+def load_into(theirs: PreTrainedModel, model: nn.Module) -> None:
+    """Copy our model's weights into a transformers model that is its counterpart.
+
+    Raises:
+        InvalidInput: weights of other names or shapes.
+    """
+    kind = _KINDS[_architecture(model)]
+    state = to_theirs(kind.family.names(model), model.state_dict())
+    derived = kind.family.derived(model)
+    state |= {name: state[original] for name, original in derived.items() if original in state}
+    try:
+        theirs.load_state_dict({name: weight.detach().clone() for name, weight in state.items()})
+    except RuntimeError as error:
+        raise InvalidInput("model", f"the weights of a {type(theirs).__name__}", str(error)) from error
+    theirs.tie_weights()
 
 
 def config_from_hf(config: PreTrainedConfig) -> TransformerConfig:
