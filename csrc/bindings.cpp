@@ -4,12 +4,14 @@
 
 #include "cpu/attention.h"
 #include "cpu/isa.h"
+#include "cpu/large_pages.h"
 #include "cpu/peak.h"
 #include "errors.h"
 #include "longattn/mask.h"
 #include "longattn/params.h"
 
 namespace py = pybind11;
+using longattn::AngleParams;
 using longattn::Angles;
 using longattn::AttentionParams;
 using longattn::Bias;
@@ -199,6 +201,18 @@ PYBIND11_MODULE(_C, m) {
   def_address(attention, "tree", &AttentionParams::tree);
   def_address(attention, "depths", &AttentionParams::depths);
 
+  Class<AngleParams> angles(m, "AngleParams");
+  angles.def(py::init<>())
+      .def_readwrite("tokens", &AngleParams::tokens)
+      .def_readwrite("half", &AngleParams::half)
+      .def_readwrite("factor", &AngleParams::factor)
+      .def_readwrite("threads", &AngleParams::threads);
+  def_dtype(angles);
+  def_address(angles, "positions", &AngleParams::positions);
+  def_address(angles, "inv_freq", &AngleParams::inv_freq);
+  def_address(angles, "cos", &AngleParams::cos);
+  def_address(angles, "sin", &AngleParams::sin);
+
   Class<RopeParams> rope(m, "RopeParams");
   rope.def(py::init<>())
       .def_readwrite("batch", &RopeParams::batch)
@@ -212,14 +226,21 @@ PYBIND11_MODULE(_C, m) {
   def_dtype(rope);
   def_tensor(rope, "x", &RopeParams::x);
   def_tensor(rope, "out", &RopeParams::out);
-  def_angles(rope, "angles", &RopeParams::angles);
+  rope.def_readwrite("factor", &RopeParams::factor).def_readwrite("positions_batch", &RopeParams::positions_batch);
+  def_address(rope, "positions", &RopeParams::positions);
+  def_address(rope, "inv_freq", &RopeParams::inv_freq);
 
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("attention_forward", &longattn::attention_forward, release);
   m.def("attention_backward", &longattn::attention_backward, release);
   m.def("attention_append", &longattn::attention_append, release);
   m.def("attention_decode", &longattn::attention_decode, release);
+  m.def("angles", &longattn::angles, release);
   m.def("rope", &longattn::rope, release);
+
+  m.def(
+      "prefer_large_pages",
+      [](Address data, int64_t bytes) { longattn::prefer_large_pages(reinterpret_cast<char*>(data), bytes); }, release);
 
   m.def("isa", &longattn::isa, "The instruction set in use.");
   m.def("isas", &longattn::usable_isas, "The instruction sets that were built and run here, fastest first.");

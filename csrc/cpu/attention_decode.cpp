@@ -21,23 +21,6 @@ int64_t threads_for(const AttentionParams& p) { return p.nq == 1 ? 1 : p.threads
 
 constexpr int64_t kAngleTokens = 256;
 
-// The angles of new tokens first..last - 1: the float32 product of position and frequency.
-template <class T>
-void fill_angles(const AttentionParams& p, const Sequence& s, int64_t first, int64_t last, T* cos, T* sin) {
-  const int64_t b = s.index;
-  const int64_t half = p.rotated / 2;
-  const float* inv_freq = p.inv_freq + b * p.inv_freq_batch;
-  const T factor = static_cast<T>(p.rope_factor);
-  for (int64_t i = first; i < last; ++i) {
-    const float position = p.positions ? p.positions[b * p.positions_batch + i] : static_cast<float>(s.shift + i);
-    for (int64_t c = 0; c < half; ++c) {
-      const T angle = static_cast<T>(position * inv_freq[c]);
-      cos[i * half + c] = std::cos(angle) * factor;
-      sin[i * half + c] = std::sin(angle) * factor;
-    }
-  }
-}
-
 void append(const AttentionParams& p) {
   if (!p.new_k.data) return;
   const Kernels& isa = kernels();
@@ -70,7 +53,7 @@ void fill_padding(const AttentionParams& p) {
       }
 }
 
-// Calls f with the angles of queries in place.
+// Calls f with the angles of queries, which are new tokens, in place.
 template <class F>
 void with_angles(AttentionParams p, F f) {
   const int64_t number = p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float), half = p.rotated / 2;
@@ -85,17 +68,28 @@ void with_angles(AttentionParams p, F f) {
   const Scratch angles(1, 2 * p.batch * table * number);
   char* cos = angles.of(0);
   char* sin = cos + p.batch * table * number;
+  const Kernels& isa = kernels();
   const int64_t tiles = (p.nq + kAngleTokens - 1) / kAngleTokens;
   parallel_for(threads_for(p), p.batch * tiles, [&](int64_t, int64_t index) {
     const int64_t b = index / tiles, first = index % tiles * kAngleTokens;
     const Sequence s = sequence(p, b);
-    const int64_t last = std::min(first + kAngleTokens, s.lq);
-    if (p.dtype == DType::kFloat64)
-      fill_angles(p, s, first, last, reinterpret_cast<double*>(cos) + b * table,
-                  reinterpret_cast<double*>(sin) + b * table);
-    else
-      fill_angles(p, s, first, last, reinterpret_cast<float*>(cos) + b * table,
-                  reinterpret_cast<float*>(sin) + b * table);
+    const int64_t at = (b * table + first * half) * number;
+    AngleParams a;
+    a.tokens = std::min(kAngleTokens, s.lq - first);
+    a.half = half;
+    a.dtype = p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    a.inv_freq = p.inv_freq + b * p.inv_freq_batch;
+    a.factor = p.rope_factor;
+    a.cos = cos + at;
+    a.sin = sin + at;
+    float stands[kAngleTokens];
+    if (p.positions) {
+      a.positions = p.positions + b * p.positions_batch + first;
+    } else {
+      for (int64_t i = 0; i < a.tokens; ++i) stands[i] = static_cast<float>(s.shift + first + i);
+      a.positions = stands;
+    }
+    isa.angles(a);
   });
   p.q_angles = {cos, sin, table};
   f(p);

@@ -204,6 +204,17 @@ void check_backward(const AttentionParams& p) {
   if (p.dv.data) expect_tensor("dv", p.dv, {rows, p.kv_heads, p.nk, p.v_head_dim});
 }
 
+void check_angles(const AngleParams& p) {
+  const int64_t most = int64_t{1} << 40;
+  expect_size("tokens", p.tokens, 0, most);
+  expect_size("half", p.half, 0, most);
+  expect_size("threads", p.threads, 1, 4096);
+  expect(p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64, "dtype", "float32 or float64",
+         std::to_string(static_cast<int32_t>(p.dtype)));
+  expect(!p.tokens || !p.half || (p.positions && p.inv_freq && p.cos && p.sin), "rope",
+         "positions, frequencies and tables", "null");
+}
+
 void check_rope(const RopeParams& p) {
   const int64_t most = int64_t{1} << 40;
   expect_size("batch", p.batch, 0, most);
@@ -216,7 +227,9 @@ void check_rope(const RopeParams& p) {
          std::to_string(p.rotated));
   expect_tensor("x", p.x, {p.batch, p.heads, p.tokens, p.width});
   expect_tensor("out", p.out, {p.batch, p.heads, p.tokens, p.width});
-  expect_angles("rope", p.angles, p.rotated && p.batch && p.heads && p.tokens);
+  const bool turns = p.rotated && p.batch && p.heads && p.tokens;
+  expect(!turns || (p.positions && p.inv_freq), "rope", "positions and frequencies", "null");
+  expect(p.positions_batch >= 0, "positions", "a stride >= 0", std::to_string(p.positions_batch));
 }
 
 }  // namespace longattn

@@ -8,6 +8,7 @@ namespace longattn {
 void check_forward(const AttentionParams& params);
 void check_decode(const AttentionParams& params);
 void check_backward(const AttentionParams& params);
+void check_angles(const AngleParams& params);
 void check_rope(const RopeParams& params);
 
 }  // namespace longattn

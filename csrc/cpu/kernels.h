@@ -64,8 +64,12 @@ struct Kernels {
   int64_t (*append_scratch)(const AttentionParams&);
   void (*append)(const AttentionParams&, const KeyTile&, char* scratch);  // a tile of new keys and values
 
+  void (*angles)(const AngleParams&);  // of all tokens, by one thread
+
   int64_t (*rope_scratch)(const RopeParams&);
-  void (*rope)(const RopeParams&, int64_t batch, int64_t head, int64_t first, int64_t tokens, char* scratch);
+  // `tokens` tokens from `first` on, by row 0 of the tables on.
+  void (*rope)(const RopeParams&, const Angles&, int64_t batch, int64_t head, int64_t first, int64_t tokens,
+               char* scratch);
 };
 
 }  // namespace longattn

@@ -2,10 +2,13 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
+
+#include "cpu/torch_threads.h"
 
 namespace longattn {
 
@@ -13,6 +16,27 @@ namespace {
 
 using Task = std::function<void(int64_t, int64_t)>;
 
+// In PyTorch's threads.
+class Team {
+ public:
+  Team(int64_t count, const Task& task) : count_(count), task_(task) {}
+
+  void run(ParallelRegion region, int64_t threads) {
+    region([](void* team) { static_cast<Team*>(team)->work(); }, this, static_cast<unsigned>(threads), 0);
+  }
+
+ private:
+  void work() {
+    const int64_t thread = started_.fetch_add(1, std::memory_order_relaxed);
+    for (int64_t index; (index = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) task_(thread, index);
+  }
+
+  const int64_t count_;
+  const Task& task_;
+  std::atomic<int64_t> started_{0}, next_{0};
+};
+
+// Calls of several threads take turns.
 class Pool {
  public:
   void run(int64_t threads, int64_t count, const Task& task) {
@@ -82,12 +106,13 @@ Pool& shared_pool() {
 }  // namespace
 
 void parallel_for(int64_t threads, int64_t count, const Task& task) {
-  if (threads > count) threads = count;
-  if (threads <= 1) {
+  if (threads <= 1 || count <= 1) {
     for (int64_t index = 0; index < count; ++index) task(0, index);
-    return;
+  } else if (const ParallelRegion region = torch_parallel_region()) {
+    Team(count, task).run(region, threads);  // never fewer threads: libgomp would end the others
+  } else {
+    shared_pool().run(std::min(threads, count), count, task);
   }
-  shared_pool().run(threads, count, task);
 }
 
 }  // namespace longattn

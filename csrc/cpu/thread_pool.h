@@ -1,4 +1,4 @@
-// Threads that sleep between calls. Our own, as a second OpenMP runtime would spin against PyTorch's.
+// Work for several threads: PyTorch's, or where there are none threads of our own, that sleep between calls.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 namespace longattn {
 
 // Runs task(thread, index) for every index of [0, count), indices handed out in ascending order to at most `threads`
-// threads, the caller's among them; `thread` is below `threads`. Returns when all are done. Calls from several threads
-// take turns; a forked child starts threads of its own. Tasks must not throw.
+// threads, the caller's among them; `thread` is below `threads`. Returns when all are done. May be called from several
+// threads, and in a forked child. Tasks must not throw.
 void parallel_for(int64_t threads, int64_t count, const std::function<void(int64_t thread, int64_t index)>& task);
 
 }  // namespace longattn

@@ -31,6 +31,10 @@ _DTYPES = {
     torch.int8: 5,
 }
 
+# Bytes from which on memory surely comes from the system, page by page as it is written, and goes back to it: the
+# largest threshold for that of glibc's malloc.
+_MAPPED = 32 << 20
+
 
 class CpuBackend(Backend):
     """C++ kernels for the instruction set of this machine."""
@@ -50,6 +54,7 @@ class CpuBackend(Backend):
         return found
 
     def forward(self, problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> None:
+        _prefer_large_pages(out)
         if problem.varlen:  # tokens outside all sequences
             out.zero_()
             lse.fill_(-torch.inf)
@@ -76,6 +81,7 @@ class CpuBackend(Backend):
         params.delta = delta.data_ptr()
         for name, grad in (("dq", grads.q), ("dk", grads.k), ("dv", grads.v)):
             if grad is not None:
+                _prefer_large_pages(grad)
                 if problem.varlen or tensors.key_lens is not None:  # tokens outside all sequences
                     grad.zero_()
                 setattr(params, name, _view(grad))
@@ -83,6 +89,7 @@ class CpuBackend(Backend):
             dq_sum = grads.q
             if problem.dtype != problem.accumulate_dtype:
                 dq_sum = torch.empty_like(grads.q, dtype=problem.accumulate_dtype)
+                _prefer_large_pages(dq_sum)
             params.dq_sum = _view(dq_sum.zero_())
         dbias = dslopes = None
         if grads.bias is not None:
@@ -124,14 +131,16 @@ class CpuBackend(Backend):
         inverse: bool,
         out: Tensor,
     ) -> None:
+        _prefer_large_pages(out)
         params = native().RopeParams()
         params.batch, params.heads, params.tokens, params.width = x.shape
         params.rotated = 2 * inv_freq.shape[0]
         params.dtype = _DTYPES[x.dtype]
         params.x, params.out = _view(x), _view(out)
-        angles = _tables(positions, inv_freq, factor, x.dtype)
-        params.angles = _angles(*angles)
-        params.interleaved, params.inverse = interleaved, inverse
+        positions, inv_freq = positions.contiguous(), inv_freq.contiguous()
+        params.positions, params.inv_freq = positions.data_ptr(), inv_freq.data_ptr()
+        params.positions_batch = 0 if len(positions) == 1 or positions.dim() == 1 else positions.shape[1]
+        params.factor, params.interleaved, params.inverse = factor, interleaved, inverse
         params.threads = torch.get_num_threads()
         native().rope(params)
 
@@ -277,6 +286,12 @@ def _view(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), batch, head, token
 
 
+def _prefer_large_pages(x: Tensor) -> None:
+    """Of a new, dense tensor that will be filled: a large one may have no memory yet."""
+    if x.nbytes >= _MAPPED:
+        native().prefer_large_pages(x.data_ptr(), x.nbytes)
+
+
 def _bias(x: Tensor) -> tuple[int, int, int, int, int, int]:
     """Address, strides (0 where it is broadcast) and dtype of a 4-D bias."""
     batch, head, query, key = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -285,12 +300,16 @@ def _bias(x: Tensor) -> tuple[int, int, int, int, int, int]:
 
 def _tables(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(cos, sin), both [1 or B, N, rotated / 2] in the accumulation dtype, of the float32 angle, times factor."""
-    positions = (positions[None] if positions.dim() == 1 else positions).contiguous()
-    angle = positions[..., None] * inv_freq
-    if dtype == torch.float64:
-        angle = angle.double()
-    sin, cos = angle.sin(), angle.cos_()
-    return (cos, sin) if factor == 1.0 else (cos.mul_(factor), sin.mul_(factor))
+    positions, inv_freq = (positions[None] if positions.dim() == 1 else positions).contiguous(), inv_freq.contiguous()
+    tables = torch.promote_types(dtype, torch.float32)
+    cos, sin = torch.empty(2, *positions.shape, len(inv_freq), dtype=tables)
+    params = native().AngleParams()
+    params.tokens, params.half, params.dtype = positions.numel(), len(inv_freq), _DTYPES[tables]
+    params.positions, params.inv_freq, params.factor = positions.data_ptr(), inv_freq.data_ptr(), factor
+    params.cos, params.sin = cos.data_ptr(), sin.data_ptr()
+    params.threads = torch.get_num_threads()
+    native().angles(params)
+    return cos, sin
 
 
 def _angles(cos: Tensor, sin: Tensor) -> tuple[int, int, int]:

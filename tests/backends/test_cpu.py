@@ -369,24 +369,37 @@ ROPE_BAD: list[tuple[str, Any]] = [
     ("x", (4096, -1, 1, 1)),
     ("out", (0, 1, 1, 1)),
     ("out", (4096, HUGE, HUGE, HUGE)),
-    ("angles", (0, 0, 0)),
-    ("angles", (4096, 4096, -1)),
+    ("positions", 0),
+    ("inv_freq", 0),
+    ("positions_batch", -1),
 ]
 
 
 @pytest.mark.parametrize("name, value", ROPE_BAD, ids=str)
 def test_bad_rope_parameters(name: str, value: Any) -> None:
-    x, table = torch.zeros(2, 3, 5, 8), torch.zeros(1, 5, 4)
-    out = torch.zeros_like(x)
+    x, out, positions, inv_freq = torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 5, 8), torch.zeros(5), torch.zeros(4)
     params = cpu.native().RopeParams()
     params.batch, params.heads, params.tokens, params.width = x.shape
     params.rotated = 8
     params.x, params.out = cpu._view(x), cpu._view(out)
-    params.angles = table.data_ptr(), table.data_ptr(), 0
+    params.positions, params.inv_freq = positions.data_ptr(), inv_freq.data_ptr()
     cpu.native().rope(params)
     setattr(params, name, value)
     with pytest.raises(InvalidInput):
         cpu.native().rope(params)
+
+
+@pytest.mark.parametrize("name, value", [("tokens", -1), ("half", HUGE), ("threads", 0), ("dtype", 2), ("cos", 0)])
+def test_bad_angle_parameters(name: str, value: Any) -> None:
+    positions, inv_freq, tables = torch.zeros(5), torch.zeros(4), torch.zeros(2, 5, 4)
+    params = cpu.native().AngleParams()
+    params.tokens, params.half = 5, 4
+    params.positions, params.inv_freq = positions.data_ptr(), inv_freq.data_ptr()
+    params.cos, params.sin = tables[0].data_ptr(), tables[1].data_ptr()
+    cpu.native().angles(params)
+    setattr(params, name, value)
+    with pytest.raises(InvalidInput):
+        cpu.native().angles(params)
 
 
 # ---- Processes. ----
@@ -445,21 +458,45 @@ def memory_is_linear():  # a row block of scores fits, the matrix takes 1.1 GB
     risen = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return risen < 100 * 1024  # KiB
 
-print([name for name in sys.argv[1:] if not in_a_fork(globals()[name])])
+def torch_lends_its_threads():
+    torch.set_num_threads(2)
+    x = torch.randn(256, 256)
+    threads = len(os.listdir("/proc/self/task"))
+    x @ x
+    torch.sin(torch.randn(1 << 20))
+    with_torch = len(os.listdir("/proc/self/task"))
+    call(2, 4, 96, 16)
+    return with_torch == threads + 1 == len(os.listdir("/proc/self/task"))
+
+if sys.argv[1] == "alone":
+    print(globals()[sys.argv[2]]())
+else:
+    print([name for name in sys.argv[1:] if not in_a_fork(globals()[name])])
 """
+
+
+def scenarios(*names: str) -> str:
+    path = os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", SCENARIOS, *names]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and counts memory in Linux's units")
 def test_processes() -> None:
-    scenarios = [
+    names = [
         "forks_compute",
         "forks_of_an_unused_library_compute",
         "multiprocessing_workers_compute",
         "an_unknown_instruction_set_is_refused",
     ]
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # it keeps memory of its own
-        scenarios.append("memory_is_linear")
-    path = os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", SCENARIOS, *scenarios]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
-    assert (done.returncode, done.stdout) == (0, "[]\n"), f"{done.stdout}\n{done.stderr}"
+        names.append("memory_is_linear")
+    assert scenarios(*names) == "[]\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc, and shares torch's on Linux alone")
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="this torch is built without OpenMP")
+def test_torch_lends_its_threads() -> None:
+    assert scenarios("alone", "torch_lends_its_threads") == "True\n"

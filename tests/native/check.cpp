@@ -196,11 +196,59 @@ void check_cache(const CacheExpectation& expected, Report* report) {
   report->expect(got.out == again.out && got.lse == again.lse, name + " depends on the number of threads");
 }
 
+// Positions that turn a little, a lot, and so much that no polynomial holds.
+struct Stands {
+  static constexpr double kFactor = 1.25;
+  std::vector<float> positions, inv_freq;
+
+  Stands(int64_t tokens, int64_t half) {
+    Random random(5);
+    for (int64_t i = 0; i < tokens; ++i)
+      positions.push_back(static_cast<float>(i % 7 ? i : random.between(-1, 1) * std::pow(10.0, i % 12)));
+    for (int64_t c = 0; c < half; ++c) inv_freq.push_back(static_cast<float>(std::pow(0.01, c / double(half))));
+  }
+
+  double angle(int64_t token, int64_t c) const { return positions[token] * inv_freq[c]; }
+
+  void fill(Tensor* cos, Tensor* sin) const {
+    AngleParams p;
+    p.tokens = static_cast<int64_t>(positions.size());
+    p.half = static_cast<int64_t>(inv_freq.size());
+    p.dtype = cos->dtype;
+    p.positions = positions.data();
+    p.inv_freq = inv_freq.data();
+    p.factor = kFactor;
+    p.cos = cos->data();
+    p.sin = sin->data();
+    p.threads = 2;
+    angles(p);
+  }
+};
+
+void check_angles(DType dtype, Report* report) {
+  const int64_t tokens = 300, half = 21;
+  const Stands stands(tokens, half);
+  Tensor cos(dtype, {1, 1, tokens, half}), sin = cos;
+  stands.fill(&cos, &sin);
+  double worst = 0;
+  for (int64_t i = 0; i < tokens; ++i)
+    for (int64_t c = 0; c < half; ++c) {
+      const double angle = stands.angle(i, c);
+      worst = std::max({worst, std::abs(cos.get(0, 0, i, c) - std::cos(angle) * Stands::kFactor),
+                        std::abs(sin.get(0, 0, i, c) - std::sin(angle) * Stands::kFactor)});
+    }
+  const double unit = dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
+  report->expect(worst <= 1.2 * unit,
+                 std::string(dtype_name(dtype)) + " cos or sin is off by " + std::to_string(worst / unit) + " units");
+}
+
 void check_rope(DType dtype, bool interleaved, bool inverse, Report* report) {
   Random random(7);
   const Shape shape{2, 3, 300, 12};
   Tensor x(dtype, shape, Tensor::kTokensFirst), cos(accumulation_type(dtype), {1, 1, 300, 4}), sin = cos;
-  for (Tensor* tensor : {&x, &cos, &sin}) tensor->fill([&] { return random.between(-1, 1); });
+  x.fill([&] { return random.between(-1, 1); });
+  const Stands stands(300, 4);
+  stands.fill(&cos, &sin);
   RopeParams p;
   p.batch = shape.batch;
   p.heads = shape.head;
@@ -211,7 +259,9 @@ void check_rope(DType dtype, bool interleaved, bool inverse, Report* report) {
   p.interleaved = interleaved;
   p.inverse = inverse;
   p.x = x.view();
-  p.angles = {cos.data(), sin.data(), 0};
+  p.positions = stands.positions.data();
+  p.inv_freq = stands.inv_freq.data();
+  p.factor = Stands::kFactor;
   const auto turned = [&](int64_t threads) {
     Tensor out(dtype, shape, Tensor::kGaps);
     p.out = out.view();
@@ -236,7 +286,7 @@ void check_rope(DType dtype, bool interleaved, bool inverse, Report* report) {
   report->expect(got == turned(3), std::string(dtype_name(dtype)) + " depends on the number of threads");
 }
 
-// Turns tokens of pairs x by angles whose sines are 0, or by none if cos is nullptr.
+// Turns tokens of pairs x by angles whose sines are 0, or by none if cos is nullptr: a tile's work, by a table of ours.
 Tensor turned(Tensor* x, Tensor* cos) {
   Tensor out(x->dtype, x->shape), sin;
   RopeParams p;
@@ -244,15 +294,17 @@ Tensor turned(Tensor* x, Tensor* cos) {
   p.dtype = x->dtype;
   p.tokens = x->shape.token;
   p.width = x->shape.width;
+  Angles tables;
   if (cos) {
     sin = *cos;
     sin.zero();
     p.rotated = 2;
-    p.angles = {cos->data(), sin.data(), 0};
+    tables = {cos->data(), sin.data(), 0};
   }
   p.x = x->view();
   p.out = out.view();
-  rope(p);
+  std::vector<char> scratch(kernels().rope_scratch(p));
+  kernels().rope(p, tables, 0, 0, 0, p.tokens, scratch.data());
   return out;
 }
 
@@ -335,6 +387,9 @@ int check(const std::vector<Expectation>& expected, const std::vector<CacheExpec
     check_cache(of_caches[n], &report);
     if ((n + 1) % std::size(kDTypes) == 0) report.end();
   }
+  report.begin("angles");
+  for (DType dtype : {DType::kFloat32, DType::kFloat64}) check_angles(dtype, &report);
+  report.end();
   report.begin("rope alone");
   for (DType dtype : kDTypes)
     for (bool interleaved : {false, true})

@@ -16,8 +16,9 @@ namespace longattn {
 namespace {
 
 constexpr int64_t kFewRows = 8;
-// Rows to fetch before they are read: pages end too soon for the processor to guess them.
-constexpr int64_t kAhead = 16;
+// Rows to fetch into the second level of cache before they are read: pages end too soon for the processor to guess
+// them, and the first level has too few places for lines on their way.
+constexpr int64_t kAhead = 48;
 
 template <class T>
 struct DecodeScratch {
@@ -92,19 +93,22 @@ struct Int8 {
 
 // The keys of a block, or their values, row by row.
 struct Block {
-  const char* rows[kKeyBlock + 2 * kAhead];  // past the last: as the last
+  const char* rows[kKeyBlock + 2 * kAhead];  // past the last: those that are read next
   const float* scales[kKeyBlock];            // of int8
   int64_t keys;
 };
 
-inline void locate_block(KeyRows* rows, int64_t first, int64_t keys, Block* block) {
+// `next`: the first of `next_keys` rows that are read after these.
+inline void locate_block(KeyRows* rows, int64_t first, int64_t keys, KeyRows* next, int64_t next_first,
+                         int64_t next_keys, Block* block) {
   const bool scaled = rows->dtype() == DType::kInt8;
   block->keys = keys;
   for (int64_t j = 0; j < keys; ++j) {
     block->rows[j] = rows->at(first + j);
     if (scaled) block->scales[j] = &rows->scale(first + j);
   }
-  for (int64_t j = keys; j < keys + 2 * kAhead; ++j) block->rows[j] = block->rows[keys - 1];
+  for (int64_t j = 0; j < 2 * kAhead; ++j)
+    block->rows[keys + j] = next_keys > 0 ? next->at(next_first + smaller(j, next_keys - 1)) : block->rows[keys - 1];
 }
 
 // Sums of the lanes of N = kWidth vectors: of x[i] in lane i. Each step adds halves and puts two vectors side by side;
@@ -133,7 +137,7 @@ inline void dot_products(const Block& block, int64_t columns, const T* queries, 
       for (int r = 0; r < R; ++r) q[r] = load<T>(queries + r * width + c);
 #pragma GCC unroll 16
       for (int k = 0; k < K; ++k) {
-        __builtin_prefetch(block.rows[j + k + kAhead] + c * Stored::kBytes);
+        __builtin_prefetch(block.rows[j + k + kAhead] + c * Stored::kBytes, 0, 2);
         const Vec<T> key = Stored::load(block.rows[j + k], c);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) sums[k * R + r] += key * q[r];
@@ -159,7 +163,7 @@ inline void add_values(const Block& block, int64_t c, const T* weights, const T*
     Vec<T> value[C];
 #pragma GCC unroll 4
     for (int n = 0; n < C; ++n) {
-      __builtin_prefetch(block.rows[j + kAhead] + (c + n * W) * Stored::kBytes);
+      __builtin_prefetch(block.rows[j + kAhead] + (c + n * W) * Stored::kBytes, 0, 2);
       value[n] = Stored::load(block.rows[j], c + n * W);
     }
 #pragma GCC unroll 4
@@ -270,7 +274,7 @@ void decode_tile(const AttentionParams& p, const QueryTile& tile, char* memory) 
     const T* queries = sinks ? scratch.queries_of_sinks : scratch.queries;
     for (int64_t first = start; first < stop; first += kKeyBlock) {
       const int64_t count = smaller(kKeyBlock, stop - first);
-      locate_block(&keys, first, count, &stored_rows);
+      locate_block(&keys, first, count, &values, first, count, &stored_rows);
       with_rows<T>(p, tile.sequence, tile.kv_head, p.k, first, stored_rows, p.head_dim, keys.dtype(), turns_keys(p),
                    scratch.staging, [&](auto stored, const Block& block, int64_t columns) {
                      using Stored = decltype(stored);
@@ -283,7 +287,7 @@ void decode_tile(const AttentionParams& p, const QueryTile& tile, char* memory) 
       if (adjusts(p)) adjust<T>(panel, first, count, scratch.scores, nullptr);
       hide<T>(panel, first, count, scratch.scores);
       weigh_block<T>(count, rows, exponent, scratch.scores, largest, total, decay);
-      locate_block(&values, first, count, &stored_rows);
+      locate_block(&values, first, count, &keys, first + count, stop - first - count, &stored_rows);
       with_rows<T>(p, tile.sequence, tile.kv_head, p.v, first, stored_rows, p.v_head_dim, values.dtype(), false,
                    scratch.staging, [&](auto stored, const Block& block, int64_t columns) {
                      using Stored = decltype(stored);

@@ -1,6 +1,7 @@
 // The kernels of one instruction set: included by each file of targets/, which names it in LONGATTN_TARGET.
 #pragma once
 
+#include "cpu/kernels/angles.h"
 #include "cpu/kernels/append.h"
 #include "cpu/kernels/backward.h"
 #include "cpu/kernels/decode.h"
@@ -71,18 +72,28 @@ int64_t rope_scratch(const RopeParams& p) {
   return p.width * static_cast<int64_t>(p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
 }
 
-void rope(const RopeParams& p, int64_t batch, int64_t head, int64_t first, int64_t tokens, char* scratch) {
-  p.dtype == DType::kFloat64 ? rope_rows<double>(p, batch, head, first, tokens, scratch)
-                             : rope_rows<float>(p, batch, head, first, tokens, scratch);
+void angles(const AngleParams& p) {
+  if (p.dtype == DType::kFloat64)
+    fill_angles(p.positions, p.inv_freq, p.tokens, p.half, p.factor, reinterpret_cast<double*>(p.cos),
+                reinterpret_cast<double*>(p.sin));
+  else
+    fill_angles(p.positions, p.inv_freq, p.tokens, p.half, p.factor, reinterpret_cast<float*>(p.cos),
+                reinterpret_cast<float*>(p.sin));
+}
+
+void rope(const RopeParams& p, const Angles& tables, int64_t batch, int64_t head, int64_t first, int64_t tokens,
+          char* scratch) {
+  p.dtype == DType::kFloat64 ? rope_rows<double>(p, tables, batch, head, first, tokens, scratch)
+                             : rope_rows<float>(p, tables, batch, head, first, tokens, scratch);
 }
 
 }  // namespace
 
 namespace LONGATTN_TARGET {
 extern const Kernels table;
-const Kernels table = {forward_scratch, forward,         forward_merge, backward_delta, backward_scratch,
-                       backward,        backward_finish, backward_bias, burst,          append_scratch,
-                       append,          rope_scratch,    rope};
+const Kernels table = {forward_scratch, forward,       forward_merge, backward_delta, backward_scratch, backward,
+                       backward_finish, backward_bias, burst,         append_scratch, append,           angles,
+                       rope_scratch,    rope};
 }  // namespace LONGATTN_TARGET
 
 }  // namespace longattn

@@ -104,12 +104,28 @@ struct AttentionParams {
   int64_t threads = 1;
 };
 
+// cos and sin [tokens, half] of positions [tokens] times inv_freq [half], times factor; of float32 numbers where dtype,
+// the accumulation type of the tables, is float64, too.
+struct AngleParams {
+  int64_t tokens = 0, half = 0;
+  DType dtype = DType::kFloat32;
+  const float* positions = nullptr;
+  const float* inv_freq = nullptr;
+  double factor = 1.0;
+  char* cos = nullptr;
+  char* sin = nullptr;
+  int64_t threads = 1;
+};
+
 // out = x with its first `rotated` entries turned; x, out [batch, heads, tokens, width].
 struct RopeParams {
   int64_t batch = 0, heads = 0, tokens = 0, width = 0, rotated = 0;
   DType dtype = DType::kFloat32;
   Tensor4 x, out;
-  Angles angles;
+  const float* positions = nullptr;  // [1 or batch, tokens]
+  const float* inv_freq = nullptr;   // [rotated / 2]
+  int64_t positions_batch = 0;       // stride
+  double factor = 1.0;               // of what is turned
   bool interleaved = false, inverse = false;
   int64_t threads = 1;
 };
