@@ -68,9 +68,7 @@ def main(
         found[name] = [bucket.loss for bucket in loss_by_position(longer, texts).buckets(TRAINED)]
         losses = "".join(f"{loss:>12.3f}" for loss in found[name])
         print(f"{name:>14}{losses}   {time.perf_counter() - started:.1f} s")
-    print(
-        f"\nlongattn eval {folder / 'model.safetensors'} --method yarn --factor 4 --lengths 512,1k ... goes on from here"
-    )
+    print(f"\nFrom here: longattn eval {folder / 'model.safetensors'} --method yarn --factor {FACTOR} --lengths 512,1k")
     return found
 
 
