@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longattn.errors import InvalidInput
-from longattn.models import Decoder, GenerationConfig, chunked_cross_entropy, generate, make_caches
+from longattn.models import Decoder, GenerationConfig, chunked_cross_entropy, make_caches, stream
 
 __all__ = ["DecoderReader", "HuggingFaceReader", "Reader", "check_memory", "free_bytes", "make_reader"]
 
@@ -29,8 +29,8 @@ class Reader(Protocol):
     def losses(self, tokens: Tensor) -> Tensor:
         """The loss of each next token in nats, float32 [N], of tokens int64 [N + 1], on the CPU."""
 
-    def answer(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
-        """The likeliest tokens after a prompt."""
+    def answer(self, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
+        """The likeliest tokens after a prompt, each as it comes."""
 
     def bytes_for(self, tokens: int) -> int:
         """About how much memory reading so many tokens takes, beside the weights."""
@@ -69,9 +69,9 @@ class DecoderReader:
             found.append(losses[0].float().cpu())
         return torch.cat(found)
 
-    def answer(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
-        result = generate(self.model, [list(prompt)], GenerationConfig(max_new_tokens=new_tokens))
-        return list(result[0].tokens)
+    def answer(self, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
+        for piece in stream(self.model, [list(prompt)], GenerationConfig(max_new_tokens=new_tokens)):
+            yield piece.token
 
     def bytes_for(self, tokens: int) -> int:
         config, width = self.model.config, self.model.output_weight.element_size()
@@ -118,20 +118,18 @@ class HuggingFaceReader:
             found += [nn.functional.cross_entropy(x.float(), y, reduction="none").cpu() for x, y in parts]
         return torch.cat(found)
 
-    @torch.no_grad()
-    def answer(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
+    def answer(self, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
         ids = torch.tensor([list(prompt)], device=self.model.device)
         cache = None
-        piece = ids.shape[1] if self.length_matters else _PIECE
-        for part in ids.split(piece, 1):
-            read = self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = read.past_key_values
-        answer = [int(read.logits[0, -1].argmax())]
-        while len(answer) < new_tokens:
-            newest = torch.tensor([answer[-1:]], device=self.model.device)
-            read = self.model(newest, past_key_values=cache, use_cache=True)
-            answer.append(int(read.logits[0, -1].argmax()))
-        return answer
+        parts = ids.split(ids.shape[1] if self.length_matters else _PIECE, 1)
+        for _ in range(new_tokens):
+            with torch.no_grad():
+                for part in parts:
+                    read = self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    cache = read.past_key_values
+            newest = read.logits[:, -1].argmax(-1, keepdim=True)
+            yield int(newest)
+            parts = (newest,)
 
     def bytes_for(self, tokens: int) -> int:
         config = self.model.config.get_text_config()

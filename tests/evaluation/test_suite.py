@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ def test_readers_give_the_losses_of_one_reading(method: Any, monkeypatch: pytest
         best = model(ids[None])[0, -1].argmax()
     for reader in (make_reader(model), make_reader(theirs)):
         torch.testing.assert_close(reader.losses(ids), wanted, rtol=1e-4, atol=1e-4)
-        assert reader.answer(ids.tolist(), 3)[0] == best and len(reader.answer(ids.tolist(), 3)) == 3
+        answer = list(reader.answer(ids.tolist(), 3))
+        assert answer[0] == best and len(answer) == 3
         assert reader.length_matters == isinstance(method, scaling.DynamicNTK)
         assert reader.bytes_for(100_000) >= reader.bytes_for(1000) > 0
     assert isinstance(theirs, transformers.PreTrainedModel)
@@ -94,8 +95,8 @@ class Recorder:
         self.read.append(tokens.tolist())
         return tokens[1:].float()  # the loss of a token is the token
 
-    def answer(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
-        return list(b" The special magic 12345")
+    def answer(self, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
+        return iter(b" The special magic 12345")
 
     def bytes_for(self, tokens: int) -> int:
         return tokens
@@ -136,7 +137,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
     asked = []
 
     class Impatient(Recorder):
-        def answer(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
+        def answer(self, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
             asked.append(len(prompt))
             if len(asked) == 4:
                 raise KeyboardInterrupt
