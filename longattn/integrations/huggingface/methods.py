@@ -81,8 +81,8 @@ def attend(
         query = log_n.scaled(query, places.in_sequence)
     groups = by_kind.get(ShiftedGroups)
     parts = _parts(module, methods, places, window)
+    rest = {name: call[name] for name in _OF_SCORES if name in call}
     if isinstance(groups, ShiftedGroups) and module.training and window is None and parts is None:
-        rest = {name: call[name] for name in _OF_SCORES if name in call}
         return attend_in_shifted_groups(query, key, value, places, groups.group, rope=None, standing=None, **rest)
     if parts is None:
         out = attention(query, key, value, **call)
@@ -93,7 +93,6 @@ def attend(
     if any(part.positions is not None for part in parts):
         rope = _turning_on(module)
     bounded = [_within(part, places, window, stand) for part in parts]
-    rest = {name: call[name] for name in _OF_SCORES if name in call}
     return attend_in_parts(query, key, value, bounded, rope=rope, standing=None, **rest)
 
 
