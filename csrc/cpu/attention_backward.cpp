@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <thread>
 
 #include "cpu/attention.h"
@@ -8,6 +9,7 @@
 #include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
 #include "cpu/tiles.h"
+#include "cpu/turned.h"
 
 namespace longattn {
 
@@ -98,9 +100,16 @@ std::vector<BiasTile> bias_tiles(const AttentionParams& p) {
 
 }  // namespace
 
-void attention_backward(const AttentionParams& params) {
-  check_backward(params);
+void attention_backward(const AttentionParams& given) {
+  check_backward(given);
   const Kernels& isa = kernels();
+  AttentionParams params = given;
+  std::optional<Turned> turned;
+  if (params.rotated && isa.multiplies(params.dtype) && params.nk > kKeyBlock) {  // each tile of keys reads all queries
+    turned.emplace(params, params.q, params.q_angles, params.q_heads, params.nq);
+    params.q = turned->view();
+    params.q_turned = true;
+  }
   const std::vector<QueryTile> queries = query_tiles(params);
   const Scratch scratch(params.threads, isa.backward_scratch(params));
   parallel_for(params.threads, static_cast<int64_t>(queries.size()),

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <optional>
 
 #include "cpu/attention.h"
 #include "cpu/check.h"
@@ -6,6 +7,7 @@
 #include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
 #include "cpu/tiles.h"
+#include "cpu/turned.h"
 
 namespace longattn {
 
@@ -47,9 +49,18 @@ void attention_forward(const AttentionParams& params) {
   run_forward(params);
 }
 
-void run_forward(const AttentionParams& params) {
+void run_forward(const AttentionParams& given) {
   const Kernels& isa = kernels();
+  AttentionParams params = given;
   const std::vector<QueryTile> tiles = query_tiles(params);
+  std::optional<Turned> keys;
+  const int64_t heads = params.batch * params.kv_heads;  // whose keys each of its tiles reads
+  if (params.rotated && !params.pages.table && isa.multiplies(params.dtype) &&
+      static_cast<int64_t>(tiles.size()) > heads) {
+    keys.emplace(params, params.k, params.k_angles, params.kv_heads, params.nk);
+    params.k = keys->view();
+    params.k_turned = true;
+  }
   const int64_t count = static_cast<int64_t>(tiles.size()), pieces = pieces_per_tile(params, tiles);
   const Scratch scratch(params.threads, isa.forward_scratch(params, panels_per_tile(params)));
   if (pieces == 1) {

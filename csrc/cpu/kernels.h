@@ -46,6 +46,8 @@ struct Turn {
 };
 
 struct Kernels {
+  bool (*multiplies)(DType);  // numbers as they are stored: rounding them to this type first changes no product
+
   int64_t (*forward_scratch)(const AttentionParams&, int64_t panels);  // bytes
   void (*forward)(const AttentionParams&, const QueryTile&, char* scratch);
 

@@ -17,7 +17,7 @@ struct Block {
 
 // As many as a call holds at once.
 struct Kept {
-  Block blocks[3];
+  Block blocks[4];
   ~Kept() {
     for (Block& block : blocks) std::free(block.memory);
   }

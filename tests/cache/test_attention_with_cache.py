@@ -13,6 +13,7 @@ import longattn
 from cache_model import KINDS, SINKS, WINDOW, Model, Stream, make_cache
 from helpers import DTYPES, backend_names, backend_params, laid_out, poisoned_memory
 from longattn import InvalidInput, KVCache, PagedKVCache, Rope, SlidingKVCache, attention_with_cache
+from longattn.backends import registry
 from longattn.scaling import DynamicNTK, LongRoPE, YaRN
 
 
@@ -305,3 +306,24 @@ def test_one_rope_for_all_keys() -> None:
     attention_with_cache(x, x, x, cache, rope=Rope(8))
     cache.reset()
     attention_with_cache(x, x, x, cache)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "window"), [((8, 2), None), ((2, 2), None), ((8, 2), 300)])
+def test_a_prompt_in_chunks_is_bitwise_the_prompt(
+    dtype: torch.dtype, heads: tuple[int, int], window: int | None
+) -> None:
+    if missing := registry.get("cpu").unavailable():
+        pytest.skip(missing)
+    tokens = 1100
+    q, k, v = (torch.randn(1, count, tokens, 48).to(dtype) for count in (heads[0], heads[1], heads[1]))
+
+    def in_chunks(size: int, cache: KVCache | PagedKVCache) -> Tensor:
+        call: dict[str, Any] = {"rope": Rope(48), "backend": "cpu"} | ({} if window is None else {"window": window})
+        chunks = zip(q.split(size, 2), k.split(size, 2), v.split(size, 2), strict=True)
+        return torch.cat([attention_with_cache(*chunk, cache, **call) for chunk in chunks], 2)
+
+    at_once = in_chunks(tokens, KVCache(1, heads[1], 48, dtype=dtype, device="cpu"))
+    for size in (256, 512):
+        cache = PagedKVCache(1, heads[1], 48, dtype=dtype, device="cpu", num_pages=40, page_size=32)
+        assert torch.equal(in_chunks(size, cache), at_once)

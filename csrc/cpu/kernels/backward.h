@@ -198,7 +198,7 @@ inline bool keys_in_block(const PanelRange& range, int64_t first, int64_t last, 
 template <class Operands, class T = typename Operands::Sum>
 inline void load_queries_and_gradients(const Panel& panel, const BackwardScratch<Operands>& scratch) {
   const AttentionParams& p = *panel.params;
-  load_panel<T>(panel, p.q, p.head_dim, row_width(p.head_dim), static_cast<T>(score_scale(p).query), p.rotated > 0,
+  load_panel<T>(panel, p.q, p.head_dim, row_width(p.head_dim), static_cast<T>(score_scale(p).query), turns_queries(p),
                 scratch.query_rows);
   load_panel<T>(panel, p.dout, p.v_head_dim, row_width(p.v_head_dim), T(1), false, scratch.dout_rows);
   Operands::right_of_transposed_rows(scratch.query_rows, p.head_dim, scratch.queries, scratch.staging);
@@ -214,9 +214,8 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
   const int64_t key_width = row_width(p.head_dim), value_width = row_width(p.v_head_dim);
   const int64_t group = p.q_heads / p.kv_heads, rows = s.lq * group;
   const int64_t first = tile.first_key, last = tile.first_key + tile.keys;
-  const bool rotated = p.rotated > 0;
 
-  const auto block_keys = Operands::load_left(p, s, tile.kv_head, p.k, first, tile.keys, p.head_dim, rotated,
+  const auto block_keys = Operands::load_left(p, s, tile.kv_head, p.k, first, tile.keys, p.head_dim, turns_keys(p),
                                               scratch.keys, scratch.staging);
   const auto block_values = Operands::load_left(p, s, tile.kv_head, p.v, first, tile.keys, p.v_head_dim, false,
                                                 scratch.values, scratch.staging);
@@ -272,7 +271,7 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
     if (p.dk.data) {
       T* row = scratch.dkeys + j * key_width;
       for (int64_t c = 0; c < p.head_dim; ++c) row[c] *= factor;
-      if (rotated) rotate_row(row, p.rotated, p.k_angles, s.index, token, p.interleaved, true);
+      if (p.rotated) rotate_row(row, p.rotated, p.k_angles, s.index, token, p.interleaved, true);
       store_row(row, p.dtype, p.head_dim, row_address(p.dk, p.dtype, s.row, tile.kv_head, token));
     }
     if (p.dv.data)
@@ -289,7 +288,6 @@ void bias_tile(const AttentionParams& p, const BiasTile& tile, char* memory) {
   [[maybe_unused]] const typename Operands::Registers registers;
   const Bias& bias = p.dbias;
   const int64_t group = p.q_heads / p.kv_heads;
-  const bool rotated = p.rotated > 0;
   T* sums = scratch.bias_sums;
   for (int64_t first_key = tile.first_key; first_key < tile.last_key; first_key += kKeyBlock)
     for (int64_t first_query = tile.first_query; first_query < tile.last_query; first_query += kPanelRows) {
@@ -304,7 +302,7 @@ void bias_tile(const AttentionParams& p, const BiasTile& tile, char* memory) {
           if (!keys_in_block(panel.range, first_key, first_key + all_keys, &from, &to)) continue;
           const int64_t keys = to - from;
           load_queries_and_gradients<Operands>(panel, scratch);
-          const auto left_keys = Operands::load_left(p, s, head / group, p.k, from, keys, p.head_dim, rotated,
+          const auto left_keys = Operands::load_left(p, s, head / group, p.k, from, keys, p.head_dim, turns_keys(p),
                                                      scratch.keys, scratch.staging);
           const auto left_values = Operands::load_left(p, s, head / group, p.v, from, keys, p.v_head_dim, false,
                                                        scratch.values, scratch.staging);

@@ -217,8 +217,9 @@ class KeyRows {
   float* scales_ = nullptr;
 };
 
-// Whether keys turn when they are read.
-inline bool turns_keys(const AttentionParams& p) { return p.rotated > 0 && p.k_angles.cos; }
+// Whether queries, and keys, turn when they are read.
+inline bool turns_queries(const AttentionParams& p) { return p.rotated > 0 && !p.q_turned; }
+inline bool turns_keys(const AttentionParams& p) { return p.rotated > 0 && p.k_angles.cos && !p.k_turned; }
 
 // The row of k_angles by which a key turns.
 inline int64_t angle_of(const AttentionParams& p, const Sequence& s, int64_t j) {

@@ -21,6 +21,13 @@ auto with_operands(DType dtype, F f) {
   return dtype == DType::kFloat64 ? f(FloatOperands<double>{}) : f(FloatOperands<float>{});
 }
 
+bool multiplies(DType dtype) {
+#if defined(__AVX512BF16__)
+  if (dtype == DType::kBFloat16) return true;
+#endif
+  return dtype == DType::kFloat32 || dtype == DType::kFloat64;
+}
+
 int64_t forward_scratch(const AttentionParams& p, int64_t panels) {
   const int64_t few =
       p.dtype == DType::kFloat64 ? DecodeScratch<double>(p, nullptr).bytes : DecodeScratch<float>(p, nullptr).bytes;
@@ -91,9 +98,9 @@ void rope(const RopeParams& p, const Angles& tables, int64_t batch, int64_t head
 
 namespace LONGATTN_TARGET {
 extern const Kernels table;
-const Kernels table = {forward_scratch, forward,       forward_merge, backward_delta, backward_scratch, backward,
-                       backward_finish, backward_bias, burst,         append_scratch, append,           angles,
-                       rope_scratch,    rope};
+const Kernels table = {multiplies,       forward_scratch, forward,         forward_merge, backward_delta,
+                       backward_scratch, backward,        backward_finish, backward_bias, burst,
+                       append_scratch,   append,          angles,          rope_scratch,  rope};
 }  // namespace LONGATTN_TARGET
 
 }  // namespace longattn

@@ -74,6 +74,7 @@ struct AttentionParams {
   int64_t rotated = 0;       // width that rope turns, 0: none
   bool interleaved = false;  // pairs (2i, 2i + 1) in place of (i, i + rotated / 2)
   Angles q_angles, k_angles;
+  bool q_turned = false, k_turned = false;  // the rows of q, or of k, lie turned
 
   // With a cache: k and v are its pages, key_lens the lengths after the call. Of sequence b the first query_lens[b]
   // queries count; as many rows of new_k and new_v become its last keys.

@@ -18,8 +18,8 @@ __all__ = ["Model", "Reader", "check_model", "make_caches"]
 
 Model = Decoder | EncoderDecoder
 
-_PAGE_SIZE = 64
-_PROMPT_CHUNK = 2048  # tokens of a prompt that go through the layers at once
+_PAGE_SIZE = 128  # as many as the CPU kernels read at a time
+_PROMPT_CHUNK = 4096  # tokens of a prompt that go through the layers at once
 
 
 def make_caches(
