@@ -199,7 +199,7 @@ class Decoder(Stack):
         if pattern is not None or window is not None or sinks:
             if pattern is None:
                 pattern = FULL if window is None else SLIDING
-            changes |= {"pattern": pattern, "window": window, "sinks": sinks}
+            changes |= {"pattern": pattern, "window": window, "sinks": sinks, "window_positions": "original"}
         with torch.device("meta"):
             decoder = Decoder(replace(self.config, **changes))  # type: ignore[arg-type]
         decoder.load_state_dict(self.state_dict(keep_vars=True), assign=True)

@@ -431,7 +431,8 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         heads = f"{self.num_heads}/{self.num_kv_heads}"
-        return f"heads={heads}, causal={self.causal}, window={self.window}, sinks={self.sinks}, rope={self.rope}"
+        seen = f"causal={self.causal}, window={self.window}, sinks={self.sinks}"
+        return f"heads={heads}, {seen}, rope={self.rope}, methods={list(self.methods)}"
 
     def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [..., N, Hq, D], k and v [..., M, Hkv, D]."""
