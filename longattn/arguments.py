@@ -61,8 +61,8 @@ def dense(
     mask = _mask(causal, window, sinks, align)
     dropout_p = _dropout(dropout_p)
     lo, hi = _bounds(bounds, batch, nq, q.device)
-    inv_freq, factor = frequencies(rope, q, nk)
     positions_q, positions_k = rotated_positions(positions, rope, q.device, (batch,), nq, nk)
+    inv_freq, factor = frequencies(rope, q, context_length(rope, nk, positions_q, positions_k))
     if positions_k is not None and positions_q is None and offset is None and key_lens is None:
         _check_reach(mask, nq, nk)
     tensors = Tensors(
@@ -141,8 +141,8 @@ def packed(
         align = 0
     mask = _mask(causal, window, sinks, align)
     dropout_p = _dropout(dropout_p)
-    inv_freq, factor = frequencies(rope, q, max_seqlen_k)
     positions_q, positions_k = rotated_positions(positions, rope, q.device, (), tq, tk)
+    inv_freq, factor = frequencies(rope, q, context_length(rope, max_seqlen_k, positions_q, positions_k))
     tensors = Tensors(
         q,
         k,
@@ -311,11 +311,11 @@ def rotation(x: Tensor, rope: Rope, positions: Tensor | None) -> tuple[Tensor, T
     while x.dim() < 4:
         x = x[None]
     n = x.shape[2]
-    inv_freq, factor = frequencies(rope, x, n)
+    given = None if positions is None else _position_tensor("positions", positions, x.device, batch, n)
+    inv_freq, factor = frequencies(rope, x, context_length(rope, n, given))
     assert inv_freq is not None
-    if positions is None:
-        return x, inv_freq, torch.arange(n, dtype=torch.float32, device=x.device), factor
-    return x, inv_freq, _position_tensor("positions", positions, x.device, batch, n), factor
+    places = torch.arange(n, dtype=torch.float32, device=x.device) if given is None else given
+    return x, inv_freq, places, factor
 
 
 def parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -647,6 +647,17 @@ def frequencies(rope: Rope | None, q: Tensor, length: int) -> tuple[Tensor | Non
     if rope.dim > q.shape[-1]:
         raise InvalidInput("rope", f"a rotated width of at most head_dim {q.shape[-1]}", f"dim {rope.dim}")
     return rope.frequencies(length, q.device)
+
+
+def context_length(rope: Rope | None, tokens: int, *positions: Tensor | None) -> int:
+    """The length that frequencies may depend on: one more than the largest position, or `tokens` where none is given.
+
+    Only a rope that looks at the length has positions read from their device, which waits for it.
+    """
+    given = [x for x in positions if x is not None and x.numel()]
+    if not given or not isinstance(rope, Rope) or not rope.depends_on_length or given[0].is_meta:
+        return tokens
+    return max(1, math.floor(torch.stack([x.amax() for x in given]).amax().item()) + 1)
 
 
 def rotated_positions(

@@ -474,10 +474,13 @@ def _rotated(
     if packed:
         assert geometry.starts is not None
         length = max((geometry.document(at).length for at in range(len(geometry.starts) - 1)), default=0)
-    inv_freq, factor = arguments.frequencies(rope, q, length)
     batch = () if packed else (problem.batch,)
     for_q, for_k = arguments.rotated_positions(positions, rope, device, batch, nq, nk)
-    assert rope is not None and inv_freq is not None
+    assert rope is not None
+    if for_k is not None and rope.depends_on_length:  # the largest position may be another rank's
+        length = ranks.largest(arguments.context_length(rope, 1, for_q, for_k), device)
+    inv_freq, factor = arguments.frequencies(rope, q, length)
+    assert inv_freq is not None
     if for_k is None:
         for_q, for_k = _standing(shared, nq, device, True), _standing(shared, nk, device, False)
     elif for_q is None:

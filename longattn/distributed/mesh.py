@@ -97,6 +97,13 @@ class Ranks:
         rows = table.cpu().view(self.size, _TEXT_BYTES)
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
 
+    def largest(self, value: int, device: torch.device) -> int:
+        """The largest of all ranks' values."""
+        found = torch.tensor([value], device=device)
+        for group in self.groups:
+            found = torch.stack(group.gather(found)).amax(0)
+        return int(found)
+
     def broadcast(self, x: Tensor) -> None:
         """Fill x with that of the first rank."""
         for dim, group in enumerate(self.groups):
