@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PINS := $(wildcard requirements/*.txt)
-NATIVE_SOURCES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' 2>/dev/null)
+NATIVE_SOURCES := $(shell find csrc tests/native tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
 
 # Here the kernels are the point: an install without them is a failure.
 export LONGATTN_REQUIRE_NATIVE := 1
@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-models lint bench sanitize neon neon-tools compile-gpu gpu-check build clean
+.PHONY: help demo test test-models lint bench sanitize neon neon-tools emulate compile-cuda compile-gpu gpu-check build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,7 +40,17 @@ lint: $(VENV)/lint.stamp ## check style, types and formatting
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE_SOURCES)
 
-compile-gpu: $(VENV)/test.stamp $(VENV)/package.stamp ## compile every Triton configuration for GPUs that are not there
+# The CUDA kernels' sources compiled for this CPU, against the oracle; and with faults planted in them.
+EMULATOR := build/emulator
+emulate: $(VENV)/test.stamp $(VENV)/package.stamp build ## run the CUDA kernels on an emulated GPU (needs g++ on x86-64)
+	$(PY) tests/emulator/build.py $(EMULATOR)
+	OMP_NUM_THREADS=1 LONGATTN_EMULATOR=$(EMULATOR) $(PY) -m pytest tests/emulated -q --numprocesses auto --maxprocesses 4 \
+	  --dist worksteal
+
+compile-cuda: $(VENV)/test.stamp $(VENV)/package.stamp ## compile the CUDA kernels for a GPU that is not there (needs nvcc)
+	$(PY) -m benchmarks.compile_cuda
+
+compile-gpu: compile-cuda ## compile every Triton and CUDA configuration for GPUs that are not there
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.compile_gpu
 
 # With the Python whose torch sees the GPU, as that of .venv does not.

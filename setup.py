@@ -15,10 +15,17 @@ longattn/_build.json then says why (longattn/_build_info.py reads it). The envir
     LONGATTN_DEBUG=1              no optimisation that hides variables, debug symbols
     LONGATTN_SANITIZE=LIST        instrument for these sanitizers, such as address,undefined
     MAX_JOBS                      compilers to run at once
+    LONGATTN_CUDA=auto|0|1        the CUDA kernels of csrc/cuda, longattn/_cuda.so: if nvcc 12.4 and a GPU's driver are
+                                  found; never; or whatever is found, failing where they cannot be built
+    NVCC                          the CUDA compiler
+
+The CUDA kernels are compiled for compute capability 9.0 alone. Their library is linked with the static CUDA runtime: it
+needs neither torch nor libcuda, and loads on machines without a GPU.
 """
 
 from __future__ import annotations
 
+import ctypes.util
 import json
 import os
 import re
@@ -64,6 +71,15 @@ COMMON = (
 
 # Kernels throw nothing: the tables of the exceptions' runtime would be symbols shared between instruction sets.
 KERNELS = ("-fno-exceptions",)
+
+# For Hopper, with its own instructions (the "a"). -arch=sm_90a would also compile for plain sm_90, which lacks them.
+CUDA = CSRC / "cuda"
+NVCC_FLAGS = (
+    *("-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{CUDA}"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
+)
+NVCC_LINK = ("-shared", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL")
+NVCC_OLDEST = (12, 4)
 
 # Links a library that Python loads, not a program.
 EXTENSION = ("-bundle", "-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-shared",)
@@ -212,6 +228,35 @@ def steps_of(
     return [*steps, Step("link", objects, output, tools.link(objects, link_flags, output))]
 
 
+def find_nvcc() -> str:
+    """The CUDA compiler; NativeBuildError if there is none that is new enough."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    named = os.environ.get("NVCC")
+    candidates = [named] if named else ["nvcc", f"{home}/bin/nvcc"]
+    nvcc = next((path for path in map(shutil.which, candidates) if path), None)
+    if nvcc is None:
+        raise NativeBuildError(f"no nvcc found (looked for {', '.join(candidates)})")
+    release = re.search(r"release (\d+)\.(\d+)", run([nvcc, "--version"]))
+    if release is None or (int(release[1]), int(release[2])) < NVCC_OLDEST:
+        found = f"{nvcc} is of release {release[0][8:]}" if release else f"{nvcc} names no release"
+        raise NativeBuildError(f"nvcc {'.'.join(map(str, NVCC_OLDEST))} or newer is needed, and {found}")
+    return nvcc
+
+
+def has_driver() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or ctypes.util.find_library("cuda") is not None
+
+
+def cuda_steps(nvcc: str, library: Path) -> list[Step]:
+    steps = []
+    for source in sorted((CUDA / "units").glob("*.cu")):
+        obj = library.parent / source.with_suffix(".o")
+        command = [nvcc, *NVCC_FLAGS, "-MD", "-MF", f"{obj}.d", "-c", str(source), "-o", str(obj)]
+        steps.append(Step("compile", [source], obj, command))
+    objects = [step.output for step in steps]
+    return [*steps, Step("link", objects, library, [nvcc, *NVCC_LINK, *map(str, objects), "-o", str(library)])]
+
+
 class BuildNative(build_ext):
     """Builds the extension and the record of how that went."""
 
@@ -232,6 +277,7 @@ class BuildNative(build_ext):
             library.unlink(missing_ok=True)
             record["reason"] = str(error)
             self.warn(f"longattn installs without its CPU kernels: {error}")
+        record.update(cuda_reason=self.build_cuda(library.with_name("_cuda.so")))
         (library.parent / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def build_native(self, library: Path, record: dict[str, object]) -> None:
@@ -245,10 +291,32 @@ class BuildNative(build_ext):
         python = [f"-isystem{path}" for path in (pybind11.get_include(), *self.include_dirs)]
         linked = Path(self.build_temp) / "_C.so"
         carry_out(steps_of(tools, targets, CSRC / "bindings.cpp", linked, python, EXTENSION), linked.parent)
-        # Replaced, never written through: a process may have the old one mapped.
-        shutil.copy2(linked, f"{library}.new")
-        os.replace(f"{library}.new", library)
+        put_in_place(linked, library)
         record.update(targets=list(targets))
+
+    def build_cuda(self, library: Path) -> str | None:
+        """Why the CUDA kernels are not built, or None."""
+        wanted = os.environ.get("LONGATTN_CUDA", "auto")
+        try:
+            if wanted == "0":
+                raise NativeBuildError("LONGATTN_CUDA=0 left the CUDA kernels out")
+            if wanted != "1" and not has_driver():
+                raise NativeBuildError("no GPU driver was found when longattn was built (LONGATTN_CUDA=1 needs none)")
+            linked = Path(self.build_temp) / "cuda" / "_cuda.so"
+            carry_out(cuda_steps(find_nvcc(), linked), linked.parent)
+        except NativeBuildError as error:
+            if wanted == "1":
+                raise CompileError(f"the CUDA kernels were not built: {error}") from error
+            library.unlink(missing_ok=True)
+            return str(error)
+        put_in_place(linked, library)
+        return None
+
+
+def put_in_place(made: Path, library: Path) -> None:
+    """Replaced, never written through: a process may have the old one mapped."""
+    shutil.copy2(made, f"{library}.new")
+    os.replace(f"{library}.new", library)
 
 
 class BuildCheck(Command):

@@ -18,6 +18,7 @@ class BuildInfo:
     mode: "release", "debug", or the sanitizers it is instrumented for ("address,undefined"); None without a compiler.
     targets: the instruction sets compiled in, narrowest first.
     dropped: the instruction sets of this machine whose flags the compiler does not know.
+    cuda_reason: why the CUDA kernels are missing; None if they were built.
     """
 
     reason: str | None
@@ -25,6 +26,7 @@ class BuildInfo:
     mode: str | None = None
     targets: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    cuda_reason: str | None = None
 
 
 def build_info() -> BuildInfo:
@@ -39,4 +41,5 @@ def build_info() -> BuildInfo:
         mode=record["mode"],
         targets=tuple(record["targets"]),
         dropped=tuple(record["dropped"]),
+        cuda_reason=record.get("cuda_reason"),
     )

@@ -27,7 +27,7 @@ LAYERS = (
     ("arguments", "explanation", "redirection"),
     ("ops",),
     ("backends.registry", "batching"),
-    ("backends.cpu", "backends.triton", "backends.reference"),
+    ("backends.cpu", "backends.cuda", "backends.triton", "backends.reference"),
     ("backends.eager_cache",),
     ("backends.eager",),
     ("backends.base", "backends.angles", "backends.philox"),

@@ -34,6 +34,10 @@ class Backend(ABC):
     def reasons(self, problem: Problem) -> list[str]:
         """Why this backend cannot run the call; empty if it can. Looks at metadata only."""
 
+    def passed_over(self) -> str | None:
+        """Why "auto" leaves calls to other backends that this one could run when asked by name, or None."""
+        return None
+
     @abstractmethod
     def forward(self, problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> None:
         """Fill out [B, Hq, Nq, Dv] and lse [B, Hq, Nq] (accumulation dtype, contiguous)."""

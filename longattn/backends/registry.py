@@ -8,12 +8,13 @@ import torch
 
 from longattn.backends.base import Backend
 from longattn.backends.cpu import CpuBackend
+from longattn.backends.cuda.backend import CudaBackend
 from longattn.backends.reference import ReferenceBackend
 from longattn.backends.triton.backend import TritonBackend
 from longattn.errors import InvalidInput, Unsupported
 from longattn.problem import Problem
 
-BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), ReferenceBackend())
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 _warned: set[str] = set()
 
@@ -44,6 +45,8 @@ def select(problem: Problem, name: str = "auto") -> Backend:
     found: dict[str, list[str]] = {}
     for backend in candidates:
         why = _reasons(backend, problem)
+        if not why and name == "auto" and (passed := backend.passed_over()) is not None:
+            why = [passed]
         if not why:
             if found and backend.name == "reference" and not torch.compiler.is_compiling():
                 _warn_slow(found)

@@ -134,7 +134,7 @@ def extend(
             save_every=save_every,
             recompute=recompute,
         )
-        adapters = None if lora is None else Lora(rank=lora, alpha=2.0 * lora, embeddings=lora_embeddings)
+        adapters = None if lora is None else Lora(rank=lora, alpha=2 * lora, embeddings=lora_embeddings)
         _fine_tune(extended, batches, config, adapters, training, resume, seed, console)
     elif resume:
         raise InvalidInput("--resume", "a fine-tune, by --text", "none")

@@ -23,7 +23,7 @@ class Lora:
     """
 
     rank: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     embeddings: bool = False
 

@@ -1,0 +1,3 @@
+#include "host/decode_launch.h"
+
+template const char* longattn::cuda::decode_of_width<128>(const LongattnCall&);

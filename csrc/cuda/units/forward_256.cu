@@ -1,0 +1,3 @@
+#include "host/forward_launch.h"
+
+template const char* longattn::cuda::forward_of_width<256>(const LongattnCall&);

@@ -1,0 +1,1 @@
+"""The CUDA backend: kernels for Hopper. Others import `backend` alone."""
