@@ -87,7 +87,7 @@ def backward(
     call.dlse = None if dlse is None else dlse.data_ptr()
     call.deterministic = problem.deterministic
     rows = []
-    for name, grad, x in zip(("dq", "dk", "dv"), grads, tensors, strict=False):
+    for name, grad, x in zip(("dq", "dk", "dv"), grads[:3], tensors[:3], strict=True):
         to = empty_rows(torch.empty_like(x, memory_format=torch.contiguous_format) if grad is None else grad)
         if to is not grad and (problem.varlen or tensors.key_lens is not None):
             to.zero_()
