@@ -110,6 +110,8 @@ def _of_transformers(path: Path, gguf: str | None, dtype: torch.dtype, device: s
             theirs = AutoModelForCausalLM.from_pretrained(
                 path, attn_implementation=huggingface.registration.NAME, dtype=dtype, **where
             ).eval()
+        if gguf:
+            _forget_quantization(theirs)
         try:
             model = huggingface.from_hf(theirs)
         except InvalidInput:
@@ -126,6 +128,14 @@ def _of_transformers(path: Path, gguf: str | None, dtype: torch.dtype, device: s
     prefix = () if tokenizer.bos_token_id is None else tuple(tokenizer.encode(""))[:1]
     kept = theirs if keep or model is theirs else None
     return LanguageModel(model, encode, decode, prefix, stop, tokenizer=tokenizer, theirs=kept)
+
+
+def _forget_quantization(model: Any) -> None:
+    """A GGUF file's weights were dequantised when they were read; transformers would not save them otherwise."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 class _quiet:

@@ -168,9 +168,7 @@ def test_adapters_train_few_weights_and_end_up_in_the_others(ours: Path, text: P
     said = done(*command, "--lora-embeddings", "--out", out, "--learning-rate", 0.05, "--warmup", 0)
     after = load_model(out)
     assert "weights train" in said
-    changed = {
-        name for name, weight in after.state_dict().items() if not torch.equal(weight, before.state_dict()[name])
-    }
+    changed = {name for name, weight in after.state_dict().items() if not torch.equal(weight, before[name])}
     assert {"blocks.0.attention.q_proj.weight", "embedding.weight", "norm.weight"} <= changed
     assert not {"blocks.0.feed_forward.up_proj.weight", "head.weight"} & changed
 
