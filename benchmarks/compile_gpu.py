@@ -6,8 +6,9 @@ Calls go the way that a user's go, on tensors without data, up to the launch, wh
 architecture in question. The report, benchmarks/triton-kernels.txt, has a line for each kernel: registers, stack,
 shared memory, and the instructions that matter, counted in the machine code. Fails if a kernel does not compile, takes
 more shared memory than a block may, if a 16-bit kernel of at most 128 wide heads keeps registers on the stack, if the
-main loops for sm_90 have no wgmma, or if the report is not what is committed: what a change does to the code is then
-seen in the change. --update writes the lines of these architectures anew.
+16-bit main loops for sm_90 have no wgmma (but for the backward of 512 wide heads), or if the report is not what is
+committed: what a change does to the code is then seen in the change. --update writes the lines of these architectures
+anew.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import itertools
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,9 +47,14 @@ UNSPILLED = (
     "combine_kernel",
     "delta_kernel",
 )  # others have sines
+# A warpgroup multiplies 64 rows: dk and dv of 64 keys, 512 wide, take all registers, and dq beside its scores too many.
+WITHOUT_WGMMA = {(512, "key_gradient_kernel"), (512, "query_gradient_kernel")}
 # Instructions by what they begin with: products, loads of tiles, exponentials, barriers, what goes to the stack.
-INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "FFMA", "UTMALDG", "LDGSTS", "LDG", "LDSM", "MUFU.EX2", "BAR", "STL", "LDL")
+PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA", "FFMA")
+INSTRUCTIONS = (*PRODUCTS, "UTMALDG", "LDGSTS", "LDG", "LDSM", "MUFU.EX2", "BAR", "STL", "LDL")
+INSTRUCTION_BYTES = 16
 MASKS = {"full": Mask(), "causal": Mask(right=0)}
+KINDS = ("all features", "window", "expanded", "causal", "full", "prompt", "decode", "ring of int8")  # slow ones first
 WINDOW = Mask(left=4095, right=0, sinks=4)
 
 
@@ -78,7 +86,10 @@ class Line(NamedTuple):
             yield f"{self.shared} bytes of shared memory, of {SHARED_LIMIT[self.case.architecture]}"
         if narrow and self.stack and self.kernel in UNSPILLED:
             yield f"{self.stack} bytes of stack"
-        if self.kernel in MAIN_LOOPS and narrow and self.case.architecture == 90 and not self.counts["HGMMA"]:
+        if self.kernel in (*MAIN_LOOPS, "attend_kernel") and not any(self.counts[name] for name in PRODUCTS):
+            yield "no products"  # what Triton makes of tiles that it cannot keep
+        half = self.case.dtype != torch.float32 and (self.case.width, self.kernel) not in WITHOUT_WGMMA
+        if self.kernel in MAIN_LOOPS and half and self.case.architecture == 90 and not self.counts["HGMMA"]:
             yield "no wgmma"
 
     def __str__(self) -> str:
@@ -93,15 +104,15 @@ def cases(architectures: list[int]) -> list[Case]:
     """Every entry of the tables; what masks and features change in the code is looked at for some. Slow ones first."""
     found = []
     for architecture in architectures:
-        for dtype, width in itertools.product((torch.float32, torch.bfloat16), reversed(config.WIDTHS)):
+        for dtype, width in itertools.product((torch.float32, torch.bfloat16), config.WIDTHS):
             found += [Case(architecture, width, dtype, kind) for kind in ("causal", "decode", "prompt")]
         for width in (64, 128):
-            found += [Case(architecture, width, torch.bfloat16, kind) for kind in ("window", "all features")]
+            found += [Case(architecture, width, torch.bfloat16, kind) for kind in ("all features", "window")]
         if architecture >= 90:
             found.append(Case(architecture, 128, torch.bfloat16, "expanded"))
         found += [Case(architecture, 128, torch.bfloat16, kind) for kind in ("full", "ring of int8")]
         found.append(Case(architecture, 128, torch.float16, "causal"))
-    return found
+    return sorted(found, key=lambda case: (KINDS.index(case.kind), case.dtype.itemsize == 2, -case.architecture))
 
 
 class _Driver:
@@ -126,20 +137,19 @@ def compile_case(case: Case) -> list[Line] | str:
     """The kernels of one call; a traceback if one does not compile."""
     from triton.runtime import driver
 
-    lines: dict[str, Line] = {}
+    kernels: dict[str, Any] = {}
 
     def record(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
-        if kernel.fn.__name__ not in lines:  # a rotation of q and k, and one of their gradients
-            compiled = kernel.warmup(*arguments, grid=(programs,), **meta)
-            lines[kernel.fn.__name__] = _line(case, kernel.fn.__name__, compiled)
+        if kernel.fn.__name__ not in kernels:  # a rotation of q and k, and one of their gradients
+            kernels[kernel.fn.__name__] = kernel.warmup(*arguments, grid=(programs,), **meta)
 
     driver.set_active(_Driver(case.architecture))
     launch.launch = record
     try:
         (_call_on_cache if case.kind in ("decode", "prompt", "ring of int8") else _call)(case)
+        return _lines(case, kernels)
     except Exception:
         return f"{case}\n{traceback.format_exc()}"
-    return list(lines.values())
 
 
 def _call(case: Case) -> None:
@@ -208,28 +218,56 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _line(case: Case, kernel: str, compiled: Any) -> Line:
-    usage, code = _disassembled(compiled.asm["cubin"])
-    counts = dict.fromkeys(INSTRUCTIONS, 0)
-    for opcode in re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code, re.MULTILINE):
-        name = next((name for name in INSTRUCTIONS if opcode.startswith(name)), None)
-        if name is not None:
-            counts[name] += 1
-    return Line(case, kernel, usage["REG"], usage["STACK"], compiled.metadata.shared, counts)
+def _lines(case: Case, kernels: dict[str, Any]) -> list[Line]:
+    codes = [_machine_code(compiled.asm["cubin"]) for compiled in kernels.values()]
+    opcodes, lines = iter(_opcodes(b"".join(codes), case.architecture)), []
+    for (name, compiled), code in zip(kernels.items(), codes, strict=True):
+        counts = dict.fromkeys(INSTRUCTIONS, 0)
+        for opcode in itertools.islice(opcodes, len(code) // INSTRUCTION_BYTES):
+            known = next((known for known in INSTRUCTIONS if opcode.startswith(known)), None)
+            if known is not None:
+                counts[known] += 1
+        usage = _resources(compiled.asm["cubin"])
+        lines.append(Line(case, name, usage["REG"], usage["STACK"], compiled.metadata.shared, counts))
+    return lines
 
 
-def _disassembled(cubin: bytes) -> tuple[dict[str, int], str]:
-    """(resources by name, machine code) of a compiled kernel."""
+def _machine_code(cubin: bytes) -> bytes:
+    """The instructions of a compiled kernel, which is an ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    entry, count, names = struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<I20xQQ", cubin, table + at * entry) for at in range(count)]
+    (_, strings, _) = sections[names]
+    return b"".join(
+        cubin[start : start + size] for name, start, size in sections if cubin.startswith(b".text.", strings + name)
+    )
+
+
+def _opcodes(code: bytes, architecture: int) -> list[str]:
+    """What the instructions are, of all kernels of a call: the disassembler takes longer to start than to work."""
+    from triton import knobs
+
+    target = f"SM{architecture}{'a' if architecture >= 90 else ''}"
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(code)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "--binary", target, file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text, re.MULTILINE)
+    assert len(opcodes) * INSTRUCTION_BYTES == len(code), f"{len(opcodes)} instructions in {len(code)} bytes"
+    return opcodes
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers and stack of a compiled kernel, as cuobjdump names them."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        texts = []
-        for wanted in ("--dump-resource-usage", "--dump-sass"):
-            command = [knobs.nvidia.cuobjdump.path, wanted, file.name]
-            texts.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", texts[0])}, texts[1]
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -243,8 +281,9 @@ def main(arguments: list[str] | None = None) -> int:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder  # what others have compiled says nothing about today's compiler
-        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-            for case, result in zip(todo, pool.imap(compile_case, todo), strict=True):
+        # (A Pool would wait for ever for a process that was killed.)
+        with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+            for case, result in zip(todo, pool.map(compile_case, todo), strict=True):
                 print(f"{time.monotonic() - start:4.0f} s  {case}{': failed' * isinstance(result, str)}", flush=True)
                 results.append(result)
     failed = [result for result in results if isinstance(result, str)]

@@ -61,8 +61,8 @@ def dense(
     mask = _mask(causal, window, sinks, align)
     dropout_p = _dropout(dropout_p)
     lo, hi = _bounds(bounds, batch, nq, q.device)
-    inv_freq, factor = frequencies(rope, q, nk)
     positions_q, positions_k = rotated_positions(positions, rope, q.device, (batch,), nq, nk)
+    inv_freq, factor = frequencies(rope, q, context_length(rope, nk, positions_q, positions_k))
     if positions_k is not None and positions_q is None and offset is None and key_lens is None:
         _check_reach(mask, nq, nk)
     tensors = Tensors(
@@ -141,8 +141,8 @@ def packed(
         align = 0
     mask = _mask(causal, window, sinks, align)
     dropout_p = _dropout(dropout_p)
-    inv_freq, factor = frequencies(rope, q, max_seqlen_k)
     positions_q, positions_k = rotated_positions(positions, rope, q.device, (), tq, tk)
+    inv_freq, factor = frequencies(rope, q, context_length(rope, max_seqlen_k, positions_q, positions_k))
     tensors = Tensors(
         q,
         k,
@@ -173,6 +173,7 @@ class CacheShape(NamedTuple):
     window: int | None  # newest tokens that are kept, None: all
     sinks: int  # first tokens that are kept beside a window
     cache_positions: bool  # keys rotate at their place in the cache
+    ring: int  # slots past the sinks where new keys take those of old ones; 0: none do
 
 
 class Rotation(NamedTuple):
@@ -217,6 +218,8 @@ def cached(
     if max(after) > _INT32_MAX:
         raise InvalidInput("k", "sequences of less than 2^31 tokens", f"{max(after)}")
     mask = _cache_mask(causal, window, sinks, shape)
+    if k is None:  # else room was made for the new tokens
+        _check_ring(mask, shape, after, counts)
     for name, parameter in (("alibi_slopes", alibi_slopes), ("sink_logits", sink_logits)):
         if parameter is not None and torch.is_grad_enabled() and parameter.requires_grad:
             raise InvalidInput(name, "no gradient in a call on a cache (see torch.no_grad)", "requires_grad")
@@ -308,11 +311,11 @@ def rotation(x: Tensor, rope: Rope, positions: Tensor | None) -> tuple[Tensor, T
     while x.dim() < 4:
         x = x[None]
     n = x.shape[2]
-    inv_freq, factor = frequencies(rope, x, n)
+    given = None if positions is None else _position_tensor("positions", positions, x.device, batch, n)
+    inv_freq, factor = frequencies(rope, x, context_length(rope, n, given))
     assert inv_freq is not None
-    if positions is None:
-        return x, inv_freq, torch.arange(n, dtype=torch.float32, device=x.device), factor
-    return x, inv_freq, _position_tensor("positions", positions, x.device, batch, n), factor
+    places = torch.arange(n, dtype=torch.float32, device=x.device) if given is None else given
+    return x, inv_freq, places, factor
 
 
 def parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -404,8 +407,8 @@ def _problem(
     deterministic: bool,
 ) -> Problem:
     q, k, v = tensors.q, tensors.k, tensors.v
+    (_, q_heads, nq, width), (_, kv_heads, nk, _) = q.shape, k.shape
     softcap = _number("softcap", 0.0 if softcap is None else softcap, "None or a finite number >= 0", low=0.0)
-    width = q.shape[-1]
     scale = 1.0 / math.sqrt(width) if scale is None else _number("scale", scale, "None or a finite number")
     flag("deterministic", deterministic)
     needs_grad = torch.is_grad_enabled() and (
@@ -416,10 +419,10 @@ def _problem(
     )
     return Problem(
         batch=batch,
-        q_heads=q.shape[1],
-        kv_heads=k.shape[1],
-        nq=q.shape[2],
-        nk=k.shape[2],
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        nq=nq,
+        nk=nk,
         head_dim=width,
         v_head_dim=v.shape[-1],
         dtype=q.dtype,
@@ -485,6 +488,16 @@ def _cache_mask(causal: bool, window: Window, sinks: int | None, shape: CacheSha
     return mask
 
 
+def _check_ring(mask: Mask, shape: CacheShape, after: list[int], counts: list[int]) -> None:
+    """Queries of old tokens may see keys that newer ones have taken the slots of."""
+    if mask.left is None or not shape.ring:
+        return
+    wrapped = [count for n, count in zip(after, counts, strict=True) if n > shape.sinks + shape.ring]
+    seen = mask.left + max(wrapped, default=0)
+    if seen > shape.ring:
+        raise InvalidInput("window", "keys that the ring still holds", f"{seen} keys of {shape.ring}")
+
+
 def draft_tree(tree: object, batch: int, nq: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ancestors (bool, the token itself included) and depths of drafts: [T, T] and [T], or [B, T, T] and [B, T]."""
     if isinstance(tree, Tensor):
@@ -524,18 +537,18 @@ def _qkv(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[str]) -> tuple[Tensor, 
         if x.dtype != q.dtype:
             raise InvalidInput(name, f"dtype {q.dtype} as q", str(x.dtype))
     heads = axes.index("heads")
-    q_shape, k_shape, v_shape = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     q_heads, kv_heads = q_shape[heads], k_shape[heads]
     if q_shape[-1] < 1:
         raise InvalidInput("q", "head_dim >= 1", "0")
     if k_shape[-1] != q_shape[-1]:
-        raise InvalidInput("k", f"head_dim {q_shape[-1]} as q", f"shape {k_shape}")
+        raise InvalidInput("k", f"head_dim {q_shape[-1]} as q", f"shape {tuple(k_shape)}")
     if v_shape[-1] < 1:
         raise InvalidInput("v", "head_dim >= 1", "0")
     if v_shape[:-1] != k_shape[:-1]:
-        raise InvalidInput("v", f"k's shape {k_shape} but for head_dim", f"shape {v_shape}")
+        raise InvalidInput("v", f"k's shape {tuple(k_shape)} but for head_dim", f"shape {tuple(v_shape)}")
     if kv_heads < 1 or q_heads % kv_heads:
-        raise InvalidInput("q", f"a number of heads that is a multiple of k's {kv_heads}", f"shape {q_shape}")
+        raise InvalidInput("q", f"a number of heads that is a multiple of k's {kv_heads}", f"shape {tuple(q_shape)}")
     return _unit_stride(q), _unit_stride(k), _unit_stride(v)
 
 
@@ -549,7 +562,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if x.stride()[-1] == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _floating(name: str, x: Tensor) -> None:
@@ -634,6 +647,17 @@ def frequencies(rope: Rope | None, q: Tensor, length: int) -> tuple[Tensor | Non
     if rope.dim > q.shape[-1]:
         raise InvalidInput("rope", f"a rotated width of at most head_dim {q.shape[-1]}", f"dim {rope.dim}")
     return rope.frequencies(length, q.device)
+
+
+def context_length(rope: Rope | None, tokens: int, *positions: Tensor | None) -> int:
+    """The length that frequencies may depend on: one more than the largest position, or `tokens` where none is given.
+
+    Only a rope that looks at the length has positions read from their device, which waits for it.
+    """
+    given = [x for x in positions if x is not None and x.numel()]
+    if not given or not isinstance(rope, Rope) or not rope.depends_on_length or given[0].is_meta:
+        return tokens
+    return max(1, math.floor(torch.stack([x.amax() for x in given]).amax().item()) + 1)
 
 
 def rotated_positions(

@@ -27,6 +27,7 @@ from longattn.problem import (
     Tensors,
     cache_features,
     check_sequences,
+    checks_enabled,
     present_features,
 )
 
@@ -83,6 +84,8 @@ _library.define(
 
 def attention(tensors: Tensors, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """(out [B, Hq, Nq, Dv], lse [B, Hq, Nq]) on the named backend; differentiable."""
+    if _is_kernel(*tensors):
+        return _forward(tensors, problem, backend)
     out, lse = torch.ops.longattn.attention.default(*tensors, *_scalars(problem, backend))
     return out, lse
 
@@ -101,6 +104,31 @@ def attention_backward(
     call = (*tensors, *_scalars(problem, backend), out, lse, dout, dlse, wanted)
     found = torch.ops.longattn.attention_backward.default(*call)
     return Gradients(*(grad if flag else None for grad, flag in zip(found, wanted, strict=True)))
+
+
+# Dispatch keys, of tensors and of a thread, under which an operator without gradient is its kernel.
+_KERNEL_KEYS = 0
+for _key in "CPU CUDA AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA ADInplaceOrView BackendSelect".split():
+    _KERNEL_KEYS |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
+_OWN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _is_kernel(*arguments: Any) -> bool:
+    """Whether an operator on these arguments is nothing but its kernel: it may then be called without the dispatcher.
+
+    Which costs as much as all else of a short call, and is needed where there is a gradient, a compiler, a transform,
+    a mode, a profiler, a subclass of Tensor or a lazily negated one.
+    """
+    if torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled() or torch._C._len_torch_function_stack():
+        return False
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    differentiable = torch.is_grad_enabled()
+    for x in arguments:
+        if isinstance(x, Tensor):
+            if type(x) not in _OWN_TYPES or differentiable and x.requires_grad:
+                return False
+            keys |= torch._C._dispatch_keys(x).raw_repr()
+    return not keys & ~_KERNEL_KEYS and forward_ad._current_level < 0
 
 
 def _scalars(problem: Problem, backend: str) -> tuple[Any, ...]:
@@ -126,17 +154,23 @@ def _scalars(problem: Problem, backend: str) -> tuple[Any, ...]:
 
 def cache_append(tensors: CacheTensors, slots: Slots, problem: Problem, backend: str) -> None:
     """Write the new keys and values into the cache, on the named backend."""
+    if _is_kernel(*tensors, *slots):
+        return registry.get(backend).append(problem, tensors, slots)
     torch.ops.longattn.cache_append.default(*tensors, *slots, backend, *_cache_scalars(problem))
 
 
 def attention_with_cache(tensors: CacheTensors, slots: Slots, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """`cache_append`, then (out [B, Hq, Nq, Dv], lse [B, Hq, Nq])."""
+    if _is_kernel(*tensors, *slots):
+        return _decode(tensors, slots, problem, backend)
     out, lse = torch.ops.longattn.attention_with_cache.default(*tensors, *slots, backend, *_cache_scalars(problem))
     return out, lse
 
 
 def rope(x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, interleaved: bool, backend: str) -> Tensor:
     """x [B, H, N, D] rotated by positions (float32 [N] or [B, N]); differentiable in x."""
+    if _is_kernel(x, inv_freq, positions):
+        return _rope_impl(x, inv_freq, positions, factor, interleaved, False, backend)
     return torch.ops.longattn.rope.default(x, inv_freq, positions, factor, interleaved, False, backend)
 
 
@@ -275,8 +309,11 @@ def _fixed_arity(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, 
 
 
 def _attention_impl(*args: Any) -> tuple[Tensor, Tensor]:
-    tensors, problem, backend = _unflatten(args)
-    if problem.varlen and problem.device == "cpu":
+    return _forward(*_unflatten(args))
+
+
+def _forward(tensors: Tensors, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    if problem.varlen and (problem.device == "cpu" or checks_enabled()):
         check_sequences(tensors, problem)
     out, lse = _empty_results(tensors.q, tensors.v)
     registry.get(backend).forward(problem, tensors, out, lse)
@@ -298,7 +335,10 @@ def _cache_append_fake(*_: Any) -> None:
 
 
 def _attention_with_cache_impl(*args: Any) -> tuple[Tensor, Tensor]:
-    tensors, slots, problem, backend = _unflatten_cache(args)
+    return _decode(*_unflatten_cache(args))
+
+
+def _decode(tensors: CacheTensors, slots: Slots, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     assert tensors.q is not None
     out, lse = _empty_results(tensors.q, slots.v)
     registry.get(backend).decode(problem, tensors, slots, out, lse)

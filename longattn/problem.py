@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import compress
 from typing import NamedTuple
 
@@ -197,6 +198,11 @@ def cache_features(tensors: CacheTensors, softcap: float, ring: bool, storage: t
         "rotate_on_read": tensors.cos is not None,
     }
     return tuple([name for name in FEATURES if used.get(name)])
+
+
+def checks_enabled() -> bool:
+    """Whether LONGATTN_CHECK asks for checks that cost time: those of what lies on a GPU."""
+    return os.environ.get("LONGATTN_CHECK", "0") not in ("", "0")
 
 
 def check_sequences(tensors: Tensors, problem: Problem) -> None:

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,16 +40,53 @@ def _inverse_theta(dim: int, base: float, pairs: int | None = None) -> Tensor:
     return base ** (torch.arange(0, end, 2, dtype=torch.float32, device="cpu") / dim)
 
 
-class Scaling(ABC):
-    """One way to change the frequencies: a frozen dataclass, known by its name to `to_dict` and `from_dict`."""
+class Named:
+    """Values of one kind, frozen dataclasses, each known by its name to `to_dict` and `from_dict`.
 
+    A kind is a class that says kind="its name in messages"; its subclasses say name="their own".
+    """
+
+    kind: ClassVar[str]
     name: ClassVar[str]
-    _by_name: ClassVar[dict[str, type[Scaling]]] = {}
+    _by_name: ClassVar[dict[str, type[Any]]]
 
-    def __init_subclass__(cls, *, name: str) -> None:
+    def __init_subclass__(cls, *, name: str | None = None, kind: str | None = None) -> None:
         super().__init_subclass__()
-        cls.name = name
-        Scaling._by_name[name] = cls
+        if kind is not None:
+            cls.kind, cls._by_name = kind, {}
+        elif name is not None:
+            cls.name = name
+            cls._by_name[name] = cls
+
+    def to_dict(self) -> dict[str, Any]:
+        """The name, as "type", and the arguments, in plain Python values."""
+        return {"type": self.name, **{field.name: getattr(self, field.name) for field in _fields(type(self))}}
+
+    @classmethod
+    def read(cls: type[_Kind], values: Mapping[str, Any]) -> _Kind:
+        """The value of this kind that `to_dict` described.
+
+        Raises:
+            InvalidInput: an unknown type, a missing, unknown or bad argument.
+        """
+        name = values.get("type") if isinstance(values, Mapping) else None
+        if not isinstance(name, str) or name not in cls._by_name:
+            raise InvalidInput(cls.kind, f"a mapping whose 'type' is one of {sorted(cls._by_name)}", values)
+        made = cls._by_name[name]
+        arguments = {key: value for key, value in values.items() if key != "type"}
+        names = {field.name for field in _fields(made)}
+        required = {field.name for field in _fields(made) if field.default is MISSING}
+        if not required <= arguments.keys() <= names:
+            expected = f"the arguments {sorted(required)} of {made.__name__} and any of {sorted(names - required)}"
+            raise InvalidInput(cls.kind, expected, list(arguments))
+        return made(**arguments)
+
+
+_Kind = TypeVar("_Kind", bound=Named)
+
+
+class Scaling(Named, ABC, kind="scaling"):
+    """One way to change the frequencies."""
 
     @abstractmethod
     def frequencies(self, dim: int, base: float, length: int) -> Frequencies:
@@ -76,10 +113,6 @@ class Scaling(ABC):
         """Whether the frequencies change while the context grows, so that rotated keys may not be cached."""
         return self.regime(1) != self.regime(sys.maxsize)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The name, as "type", and the arguments, in plain Python values."""
-        return {"type": self.name, **{field.name: getattr(self, field.name) for field in _fields(type(self))}}
-
 
 def from_dict(values: Mapping[str, Any]) -> Scaling:
     """The scaling that `Scaling.to_dict` described.
@@ -87,17 +120,7 @@ def from_dict(values: Mapping[str, Any]) -> Scaling:
     Raises:
         InvalidInput: an unknown type, a missing, unknown or bad argument.
     """
-    name = values.get("type") if isinstance(values, Mapping) else None
-    if not isinstance(name, str) or name not in Scaling._by_name:
-        raise InvalidInput("scaling", f"a mapping whose 'type' is one of {sorted(Scaling._by_name)}", values)
-    cls = Scaling._by_name[name]
-    arguments = {key: value for key, value in values.items() if key != "type"}
-    names = {field.name for field in _fields(cls)}
-    required = {field.name for field in _fields(cls) if field.default is MISSING}
-    if not required <= arguments.keys() <= names:
-        expected = f"the arguments {sorted(required)} of {cls.__name__} and any of {sorted(names - required)}"
-        raise InvalidInput("scaling", expected, list(arguments))
-    return cls(**arguments)
+    return Scaling.read(values)
 
 
 @dataclass(frozen=True)
@@ -349,8 +372,8 @@ class Proportional(Scaling, name="proportional"):
         return inv_freq, 1.0
 
 
-def _fields(cls: type[Scaling]) -> tuple[Field[Any], ...]:
-    return fields(cls)  # type: ignore[arg-type]  # the base class itself is not a dataclass
+def _fields(cls: type[Any]) -> tuple[Field[Any], ...]:
+    return fields(cls)  # those that have a name are dataclasses
 
 
 def finite_number(

@@ -14,14 +14,23 @@ from torch import Tensor
 import longattn
 import oracle
 from longattn.backends import registry
+from longattn.mask import Mask
+from longattn.problem import Problem
 from tolerances import assert_within_budget
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SLOW = {"reference"}  # computes in float64 whatever the dtype, so one dtype tells it all
 
 
+def missing(backend: str) -> list[str]:
+    """Why a backend cannot run the tests of all backends, which are on the CPU; empty if it can."""
+    return registry.reasons(Problem(1, 1, 1, 1, 1, 8, 8, torch.float32, "cpu", Mask(), 1.0))[backend]
+
+
 def backend_params(dtypes: Sequence[torch.dtype] = DTYPES, native: bool = False, slow: bool = True) -> list[Any]:
-    """Values for parametrize("backend, dtype", ...): every backend, skipped with its reason where it cannot run.
+    """Values for parametrize("backend, dtype", ...): every backend that runs in this process.
+
+    Which do not, and why, tests/backends/test_registry.py says: once, not at every test.
 
     Args:
         native: the test is small enough for a sanitizer.
@@ -31,10 +40,9 @@ def backend_params(dtypes: Sequence[torch.dtype] = DTYPES, native: bool = False,
     for backend in registry.BACKENDS:
         if backend.name in _SLOW and not slow:
             continue
+        if missing(backend.name):
+            continue
         marks = [pytest.mark.native] if native and backend.name == "cpu" else []
-        missing = backend.unavailable()
-        if missing is not None:
-            marks.append(pytest.mark.skip(reason=missing))
         for dtype in dtypes[:1] if backend.name in _SLOW else dtypes:
             params.append(pytest.param(backend.name, dtype, marks=marks, id=f"{backend.name}-{str(dtype)[6:]}"))
     return params

@@ -79,7 +79,7 @@ class _Rotation(NamedTuple):
 
     @classmethod
     def of(cls, rope: Any, positions: Any, p: Tensor, nk: int, length: int | None) -> _Rotation:
-        inv_freq, factor = rope.frequencies(nk if length is None else length)
+        inv_freq, factor = rope.frequencies(_rope_length(positions, nk) if length is None else length)
         if isinstance(positions, tuple):
             for_q, for_k = positions
         elif positions is not None:
@@ -411,7 +411,7 @@ def by_sequence(
     cu_q, cu_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b in range(len(cu_q) - 1):
         at_q, at_k = slice(*cu_q[b : b + 2]), slice(*cu_k[b : b + 2])
-        one = dict(keywords, first_sequence=b, rope_length=max_seqlen_k)
+        one = dict(keywords, first_sequence=b, rope_length=_rope_length(keywords.get("positions"), max_seqlen_k))
         for name in ("align", "key_lens", "alibi_slopes"):
             x = one.get(name)
             if isinstance(x, Tensor) and (name != "alibi_slopes" or x.dim() == 2):
@@ -437,6 +437,12 @@ def by_sequence(
             else:
                 total[name] += x
     return total
+
+
+def _rope_length(positions: Any, longest: int) -> int:
+    """Of all packed sequences: one more than the largest position, or the longest of them."""
+    given = positions if isinstance(positions, tuple) else (positions,)
+    return max((int(x.max()) + 1 for x in given if x is not None and x.numel()), default=longest)
 
 
 def philox4x32(counter: tuple[int, int, int, int], seed: int) -> tuple[int, int, int, int]:

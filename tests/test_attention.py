@@ -342,6 +342,17 @@ ROPE_POSITIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("backend", backend_names(native=True))
+def test_frequencies_follow_the_largest_position_not_the_number_of_keys(backend: str) -> None:
+    q, k, v = random_qkv(2, (4, 2), (25, 39), (16, 9))
+    rope = longattn.Rope(16, scaling=longattn.scaling.DynamicNTK(2.0, 16))
+    far, near = torch.arange(39) * 5, torch.arange(39) // 4
+    for positions in (far, near, far[None].repeat(2, 1), (far[:25], near), (near[:25], near)):
+        check_attention(q, k, v, backend=backend, rope=rope, positions=positions)
+    within = longattn.attention(q, k, v, rope=rope, positions=near, backend=backend)
+    torch.testing.assert_close(within, longattn.attention(q, k, v, rope=longattn.Rope(16), positions=near))
+
+
 @pytest.mark.parametrize("case", ROPE_POSITIONS)
 @pytest.mark.parametrize("backend, dtype", backend_params((torch.float64, torch.bfloat16), native=True))
 def test_rope_positions(backend: str, dtype: torch.dtype, case: str) -> None:

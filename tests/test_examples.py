@@ -36,6 +36,14 @@ def sources() -> list[Path]:
     ]
 
 
+def test_every_method_extends_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(EXAMPLES / "extend_context.py"))
+    found = example["main"](tmp_path, seconds=0.0, steps=2, dim=64, windows=2)
+    assert found.keys() == example["METHODS"].keys() and "StreamingLLM" in capsys.readouterr().out
+    first = found["none"][0]
+    assert found["StreamingLLM"][0] == pytest.approx(first, rel=1e-4)  # within the window it is as it was
+
+
 def test_a_gpt_and_its_student(sources: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tokenizers")
     gpt = runpy.run_path(str(EXAMPLES / "pretrain_gpt.py"))["main"]

@@ -21,6 +21,7 @@ LAYERS = (
     ("integrations", "compat"),
     ("models",),
     ("nn", "distributed"),
+    ("extension",),
     ("cache",),
     ("functional", "inspect"),
     ("arguments", "explanation", "redirection"),
@@ -39,7 +40,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 FACADES = ("longattn", "longattn.__main__")
 
 # Loaded on first use, inside a function; only the command line and the kernels may import their own toolkits outright.
-HEAVY = {"click", "gguf", "matplotlib", "rich", "sacrebleu", "safetensors", "sklearn", "tokenizers", "tqdm"}
+HEAVY = {"click", "gguf", "matplotlib", "peft", "rich", "sacrebleu", "safetensors", "sklearn", "tokenizers", "tqdm"}
 HEAVY |= {"transformers", "triton"}
 OPENLY = {"cli": {"click", "rich"}, "backends.triton": {"triton"}}
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import longattn
 from helpers import backend_names, laid_out, memory_order, random_packed, random_qkv, require
-from longattn import Rope, arguments, ops
+from longattn import InvalidInput, Rope, arguments, ops
 from longattn.backends import registry
 from longattn.backends.base import Gradients
+from longattn.backends.reference import ReferenceBackend
 from longattn.problem import Problem, Tensors
 
 DEFAULTS = {
@@ -42,21 +48,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 def flat(tensors: Tensors, problem: Problem, backend: str) -> tuple[Any, ...]:
     """The arguments of the operator longattn::attention."""
-    taken: list[tuple[Any, ...]] = []
-
-    class Recorder:
-        @staticmethod
-        def default(*args: Any) -> tuple[Tensor, Tensor]:
-            taken.append(args)
-            return tensors.q, tensors.q
-
-    original = torch.ops.longattn.attention
-    torch.ops.longattn.attention = Recorder
-    try:
-        ops.attention(tensors, problem, backend)
-    finally:
-        torch.ops.longattn.attention = original
-    return taken[0]
+    return (*tensors, *ops._scalars(problem, backend))
 
 
 def sample(call: str, backend: str, requires_grad: bool = False) -> tuple[Any, ...]:
@@ -154,10 +146,58 @@ def test_an_operator_refuses_an_unknown_backend() -> None:
         torch.ops.longattn.attention.default(*args)
 
 
+class Subclass(Tensor):
+    pass
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_where_an_operator_is_its_kernel() -> None:
+    """The dispatcher is left out exactly where nothing but the kernel waits there."""
+    x = torch.randn(2, 3)
+    leaf = x.clone().requires_grad_()
+    found: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        found.append(ops._is_kernel(x, None, 3))
+        return x
+
+    for guard in (nullcontext, torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)):
+        with guard():
+            look(x)
+    with torch.no_grad():
+        look(leaf)
+        look(torch.nn.Parameter(x))
+    assert all(found)
+    found.clear()
+    for guard in (Watching, FakeTensorMode, torch.profiler.profile, forward_ad.dual_level, lambda: torch.device("cpu")):
+        with guard():
+            look(x)
+    for other in (leaf, torch._neg_view(x), x.as_subclass(Subclass), FakeTensorMode().from_tensor(x)):
+        look(other)
+    torch.func.vmap(look)(x)
+    torch.func.grad(lambda x: look(x).sum())(x)
+    make_fx(look)(x)
+    assert not any(found) and len(found) == 12
+
+
+def test_lengths_on_a_gpu_are_read_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, _, cu_k, nq, nk = random_packed((3, 5), (3, 5))
+    wrong = ints(0, 7, 2)
+    tensors, problem = arguments.packed(q, k, v, wrong, cu_k, nq, nk, **DEFAULTS)
+    monkeypatch.setattr(ReferenceBackend, "forward", lambda self, *arguments: None)
+    elsewhere = problem._replace(device="cuda")
+    ops.attention(tensors, elsewhere, "reference")
+    monkeypatch.setenv("LONGATTN_CHECK", "1")
+    with pytest.raises(InvalidInput, match="cu_seqlens_q"):
+        ops.attention(tensors, elsewhere, "reference")
+
+
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd", "nbhd", "gaps"])
 def test_fakes_have_the_layout_of_what_is_real(layout: str) -> None:
-    from torch._subclasses import FakeTensorMode
-
     tensors = [laid_out(x, layout) for x in random_qkv(2, (4, 2), (5, 7), (8, 6))]
     real = longattn.attention(*tensors, return_lse=True)
     with FakeTensorMode() as mode:

@@ -26,7 +26,7 @@ def rotation_positions(problem: Problem, tensors: Tensors) -> tuple[Tensor | Non
         start = mask.position(0, problem.nq, problem.nk)
         if 0 <= start and start + problem.nq <= problem.nk:
             return None, for_k, start
-        shift = torch.tensor([start], device=device)
+        shift = torch.full((1,), start, device=device)
     else:
         shift = _shift(problem, tensors, problem.nq, problem.nk)
     stands = shift[:, None] + torch.arange(problem.nq, device=device)

@@ -50,6 +50,7 @@ class Cache(ABC):
     window: int | None = None  # newest tokens that are kept, None: all
     sinks: int = 0  # first tokens that are kept beside a window
     cache_positions: bool = False
+    _ring: int = 0  # slots past the sinks, where tokens take them in turn
 
     def __init__(
         self,
@@ -302,6 +303,7 @@ class Cache(ABC):
             self.window,
             self.sinks,
             self.cache_positions,
+            self._ring,
         )
 
     def _rows(self, sequences: Sequence[int] | None) -> list[int]:

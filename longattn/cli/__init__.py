@@ -1,4 +1,4 @@
-"""The command line: longattn info, explain, tokenizer, train, fine-tune, predict, generate, plan, demo, bench."""
+"""The command line: info, explain, tokenizer, train, fine-tune, predict, generate, extend, eval, plan, demo, bench."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from longattn._version import __version__
-from longattn.cli import bench, demo, explain, fine_tune, generate, info, plan, predict, tokenizer, train
+from longattn.cli import bench, demo, eval, explain, extend, fine_tune, generate, info, plan, predict, tokenizer, train
 from longattn.errors import InvalidInput, Unsupported
 
 __all__ = ["main"]
@@ -37,6 +37,8 @@ for command in (
     fine_tune.fine_tune,
     predict.predict,
     generate.generate,
+    extend.extend,
+    eval.evaluate,
     plan.plan,
     demo.demo,
     bench.bench,

@@ -13,12 +13,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
-from longattn.cli.card import read_card
+from longattn.cli.language_model import load_language_model
 from longattn.errors import InvalidInput
-from longattn.integrations.huggingface import load_pretrained
-from longattn.models import Decoder, GenerationConfig, Sampling, beam_search, decode_bytes, stream
+from longattn.models import Decoder, GenerationConfig, Sampling, beam_search, stream
 from longattn.models.generation.text import Decode
-from longattn.training.checkpoint import load_model
 
 __all__ = ["generate"]
 
@@ -61,8 +59,8 @@ class _Tokenizer(NamedTuple):
 @click.option(
     "--positions",
     type=click.Choice(["original", "cache"]),
-    default="original",
-    help="Of sliding layers, in the rotation: those in the stream, or in the window (StreamingLLM).",
+    help="Of sliding layers, in the rotation: those in the stream, or in the window (StreamingLLM). By default the "
+    "model's own.",
 )
 @click.option("--dtype", type=click.Choice(_DTYPES), default="float32", help="Of the weights.")
 @click.option("--cache-dtype", type=click.Choice([*_DTYPES, "int8"]), help="Of the caches; the weights' by default.")
@@ -84,7 +82,7 @@ def generate(
     draft_tokens: int,
     window: int | None,
     sinks: int,
-    positions: str,
+    positions: str | None,
     dtype: str,
     cache_dtype: str | None,
     device: str,
@@ -92,8 +90,9 @@ def generate(
 ) -> None:
     """Go on from PROMPTS with the model of CHECKPOINT.
 
-    CHECKPOINT is a file that `longattn train` saved, or a folder of a Llama-style model with its tokenizer
-    (needs transformers). One text on a terminal is shown as it comes, and several, or into a file, when all is done.
+    CHECKPOINT is a file that `longattn train` saved, or a folder of a Llama-style model with its tokenizer, as
+    safetensors or GGUF (needs transformers). One text on a terminal is shown as it comes, and several, or into a file,
+    when all is done.
     """
     texts = [*prompts, *(file.read_text(encoding="utf-8") for file in files)]
     if not texts:
@@ -143,24 +142,11 @@ def generate(
 
 
 def _load(checkpoint: Path, dtype: str, device: str) -> tuple[Decoder, _Tokenizer]:
-    if checkpoint.is_dir():
-        from transformers import AutoTokenizer
-
-        hf = AutoTokenizer.from_pretrained(checkpoint)
-        model = load_pretrained(checkpoint)
-        stop_tokens = () if hf.eos_token_id is None else (hf.eos_token_id,)
-        tokenizer = _Tokenizer(
-            hf.encode, lambda ids: str(hf.decode(ids, clean_up_tokenization_spaces=False)), stop_tokens
-        )
-    else:
-        model = load_model(checkpoint)
-        card = read_card(checkpoint)
-        if card is not None and card.tokenizer is not None:
-            return model.to(device, getattr(torch, dtype)), _Tokenizer(card.tokenizer.encode, card.tokenizer.decode, ())
-        if model.config.vocab_size != 256:
-            raise InvalidInput("CHECKPOINT", "a model over 256 bytes, or a folder", model.config.vocab_size)
-        tokenizer = _Tokenizer(lambda text: list(text.encode()), decode_bytes, ())
-    return model.to(device, getattr(torch, dtype)), tokenizer
+    found = load_language_model(checkpoint, dtype=getattr(torch, dtype), device=device)
+    if not isinstance(found.model, Decoder):
+        raise InvalidInput("CHECKPOINT", "a decoder that longattn.models can say", type(found.model).__name__)
+    tokenizer = _Tokenizer(lambda text: [*found.prefix, *found.encode(text)], found.decode, found.stop_tokens)
+    return found.model, tokenizer
 
 
 def _print(texts: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from longattn.distributed import blockwise, ulysses
 from longattn.distributed.agreement import agree, contents_of, refusing, shape_of
 from longattn.distributed.geometry import Geometry
 from longattn.distributed.halo import Halo
-from longattn.distributed.mesh import Group, Ranks, checks_enabled
+from longattn.distributed.mesh import Group, Ranks
 from longattn.distributed.ring import Ring
 from longattn.distributed.schedule import HALO, SCHEDULES, ULYSSES, Call, Choice, choose, explanation, reasons
 from longattn.distributed.sharding import in_order
@@ -26,7 +26,7 @@ from longattn.distributed.whole import Whole
 from longattn.errors import InvalidInput
 from longattn.functional import attention
 from longattn.mask import Mask
-from longattn.problem import Problem, Tensors
+from longattn.problem import Problem, Tensors, checks_enabled
 from longattn.redirection import redirected
 from longattn.rope import Rope
 
@@ -474,10 +474,13 @@ def _rotated(
     if packed:
         assert geometry.starts is not None
         length = max((geometry.document(at).length for at in range(len(geometry.starts) - 1)), default=0)
-    inv_freq, factor = arguments.frequencies(rope, q, length)
     batch = () if packed else (problem.batch,)
     for_q, for_k = arguments.rotated_positions(positions, rope, device, batch, nq, nk)
-    assert rope is not None and inv_freq is not None
+    assert rope is not None
+    if for_k is not None and rope.depends_on_length:  # the largest position may be another rank's
+        length = ranks.largest(arguments.context_length(rope, 1, for_q, for_k), device)
+    inv_freq, factor = arguments.frequencies(rope, q, length)
+    assert inv_freq is not None
     if for_k is None:
         for_q, for_k = _standing(shared, nq, device, True), _standing(shared, nk, device, False)
     elif for_q is None:

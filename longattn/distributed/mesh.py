@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from longattn.errors import InvalidInput
+from longattn.problem import checks_enabled
 
 _TEXT_BYTES = 2048  # what a call says of itself takes a few hundred
 
@@ -97,16 +97,18 @@ class Ranks:
         rows = table.cpu().view(self.size, _TEXT_BYTES)
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
 
+    def largest(self, value: int, device: torch.device) -> int:
+        """The largest of all ranks' values."""
+        found = torch.tensor([value], device=device)
+        for group in self.groups:
+            found = torch.stack(group.gather(found)).amax(0)
+        return int(found)
+
     def broadcast(self, x: Tensor) -> None:
         """Fill x with that of the first rank."""
         for dim, group in enumerate(self.groups):
             if all(other.rank == 0 for other in self.groups[dim + 1 :]):
                 dist.broadcast(x, group=group.group, group_src=0)
-
-
-def checks_enabled() -> bool:
-    """Whether LONGATTN_CHECK asks for checks that cost time."""
-    return os.environ.get("LONGATTN_CHECK", "0") not in ("", "0")
 
 
 def _speaks_cpu(group: Any) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Cost", "CouldNotRun", "measure"]
+__all__ = ["Cost", "CouldNotRun", "PeakMemory", "measure"]
 
 _REPEAT_FOR = 0.5  # seconds that short calls are repeated for
 
@@ -87,6 +87,32 @@ def _measure_here(call: Callable[[], object]) -> Cost:
         call()
         times.append(time.perf_counter() - started)
     return Cost(min(times), len(times), peak_bytes, source)
+
+
+class PeakMemory:
+    """How far memory rises in a `with` block, above what is held at its start: `bytes`, once it has ended.
+
+    Of a GPU, what PyTorch has allocated; of the host, what is resident. None where the system does not say: its mark
+    cannot be set back.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.bytes: int | None = None
+        self._cuda = device if device.type == "cuda" else None
+        self._before: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self._cuda is not None:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+            self._before = torch.cuda.memory_allocated(self._cuda)
+        elif (before := _resident_bytes()) is not None and _reset_high_water_mark():
+            self._before = before
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            peak = _high_water_mark() if self._cuda is None else torch.cuda.max_memory_allocated(self._cuda)
+            self.bytes = max(0, peak - self._before)
 
 
 def _reset_high_water_mark() -> bool:

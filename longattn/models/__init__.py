@@ -7,6 +7,7 @@ from longattn.models.decoder import Decoder
 from longattn.models.distillation import Distillation
 from longattn.models.encoder import Encoder
 from longattn.models.encoder_decoder import EncoderDecoder
+from longattn.models.extending import extend, extended_config, with_method
 from longattn.models.generation import (
     GREEDY,
     Beam,
@@ -57,6 +58,8 @@ __all__ = [
     "chunked_cross_entropy",
     "chunked_distillation",
     "decode_bytes",
+    "extend",
+    "extended_config",
     "generate",
     "hidden_state_loss",
     "info_nce",
@@ -66,4 +69,5 @@ __all__ = [
     "sinusoids",
     "stream",
     "triplet_loss",
+    "with_method",
 ]

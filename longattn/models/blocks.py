@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from longattn.cache import Cache
 from longattn.errors import InvalidInput
@@ -75,7 +77,13 @@ class Block(nn.Module):
         layer: the block's place, which decides between full and sliding attention.
         causal: no token sees a later one.
         cross_attention: attend to the output of an encoder, the memory.
+
+    Attributes:
+        feed_forward_tile: tokens that go through the feed-forward layer at once, forward and backward, which computes
+            them again; None, the default: all of them, with what lies between its matrices kept.
     """
+
+    feed_forward_tile: int | None = None
 
     def __init__(
         self, config: TransformerConfig, layer: int, *, causal: bool = True, cross_attention: bool = False
@@ -95,9 +103,11 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config)
         self.attention = attend(
             causal=causal,
-            rope=config.rope,
+            rope=config.rope_of(layer),
             window=config.window if sliding else None,
             sinks=config.sinks if sliding else 0,
+            window_positions=config.window_positions if sliding else "original",
+            methods=config.methods_of(layer),
         )
         self.cross_attention_norm = make_norm(config) if cross_attention else None
         self.cross_attention = attend(causal=False) if cross_attention else None
@@ -120,6 +130,7 @@ class Block(nn.Module):
         memory_lens: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        positions: Tensor | None = None,
         cache: Cache | None = None,
         memory_cache: Cache | None = None,
         lengths: Tensor | Sequence[int] | None = None,
@@ -131,8 +142,8 @@ class Block(nn.Module):
         Args:
             memory: [B, M, C], for the cross-attention; memory_mask and memory_lens: its key_mask and key_lens.
             memory_cache: that remembers it, in place of memory.
-            key_mask, key_lens, cu_seqlens, max_seqlen, cache, lengths, sequences, tree: of the self-attention, as in
-                `longattn.nn.Attention`.
+            key_mask, key_lens, cu_seqlens, max_seqlen, positions, cache, lengths, sequences, tree: of the
+                self-attention, as in `longattn.nn.Attention`; a layer that rotates nothing has no use for positions.
         """
         x = self._attend_within(
             x,
@@ -140,6 +151,7 @@ class Block(nn.Module):
             key_lens=key_lens,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
+            positions=None if self.attention.rope is None else positions,
             cache=cache,
             lengths=lengths,
             sequences=sequences,
@@ -154,7 +166,12 @@ class Block(nn.Module):
                     inner, cache=memory_cache, append=False, lengths=lengths, sequences=sequences
                 )
             x = self._add(x, attended, self.cross_attention_norm)
-        return self._add(x, self.feed_forward(self._before(x, self.feed_forward_norm)), self.feed_forward_norm)
+        if self.feed_forward_tile is None or x.shape[-2] <= self.feed_forward_tile:
+            return self._feed_forward(x)
+        tiles = x.split(self.feed_forward_tile, dim=-2)
+        if not torch.is_grad_enabled():
+            return torch.cat([self._feed_forward(tile) for tile in tiles], dim=-2)
+        return torch.cat([checkpoint(self._feed_forward, tile, use_reentrant=False) for tile in tiles], dim=-2)
 
     def weights(
         self,
@@ -184,6 +201,9 @@ class Block(nn.Module):
     def _attend_within(self, x: Tensor, **attention: Any) -> Tensor:
         attended = self.attention(self._before(x, self.attention_norm), **attention)
         return self._add(x, attended, self.attention_norm)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self._add(x, self.feed_forward(self._before(x, self.feed_forward_norm)), self.feed_forward_norm)
 
     def _before(self, x: Tensor, norm: nn.Module) -> Tensor:
         x = norm(x) if self.norm_first else x

@@ -8,12 +8,13 @@ from typing import Any
 
 from longattn import scaling
 from longattn.errors import InvalidInput
+from longattn.extension import Method, Remapping, check_layer_methods
 from longattn.rope import Rope
 from longattn.scaling import Scaling, finite_number
 
 __all__ = ["STYLES", "TransformerConfig"]
 
-FULL, SLIDING = "L", "S"
+FULL, SLIDING, UNROTATED = "L", "S", "N"
 DECODER, ENCODER, ENCODER_DECODER = "decoder", "encoder", "encoder-decoder"
 
 _CHOICES = {
@@ -21,6 +22,7 @@ _CHOICES = {
     "positions": ("rope", "learned", "sinusoidal"),
     "norm": ("rms", "layer"),
     "feed_forward": ("swiglu", "gelu", "gelu_tanh", "relu"),
+    "window_positions": ("original", "cache"),
 }
 _FLAGS = ("norm_first", "embedding_norm", "bias", "scale_embeddings", "tie_embeddings")
 
@@ -56,12 +58,16 @@ class TransformerConfig:
         attention_dropout: of the attention weights, while training.
         token_types: how many token types (segments) an encoder's input has; 0: none.
         scale_embeddings: token embeddings are multiplied by sqrt(dim), before positions are added.
-        pattern: one letter a layer, repeated over the layers: "L" full attention, "S" a sliding window. "SSSL" is three
-            sliding layers, then a full one. Attention to an encoder's output is always full.
+        pattern: one letter a layer, repeated over the layers: "L" full attention, "S" a sliding window, "N" full
+            attention without rotation (NoPE). "SSSL" is three sliding layers, then a full one. Attention to an
+            encoder's output is always full.
         window: how many of the newest keys a sliding layer sees, the query's own included; an encoder's sees as many on
             the other side too.
         sinks: how many of the first keys a sliding layer sees from everywhere.
+        window_positions: where the sinks of sliding layers stand in the rotation: "original", or "cache" as in
+            StreamingLLM, with and without a cache.
         rope_base, rope_scaling: of `longattn.Rope`.
+        methods: of a decoder's layers, as in `longattn.nn.Attention`: LogN, ShiftedGroups, SelfExtend or DualChunk.
         norm_eps: of the norms.
         tie_embeddings: the output projection is the embedding; of an encoder-decoder, source and target share it too.
 
@@ -92,8 +98,10 @@ class TransformerConfig:
     pattern: str = FULL
     window: int | None = None
     sinks: int = 0
+    window_positions: str = "original"
     rope_base: float = 10000.0
     rope_scaling: Scaling | None = None
+    methods: tuple[Method, ...] = ()
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
 
@@ -116,6 +124,7 @@ class TransformerConfig:
         self._check_architecture()
         self._check_pattern()
         self._check_positions()
+        self._check_methods()
         finite_number("norm_eps", self.norm_eps, above=0.0)
         for name in ("dropout", "attention_dropout"):
             finite_number(name, getattr(self, name), at_least=0.0, at_most=1.0)
@@ -146,10 +155,20 @@ class TransformerConfig:
         """Whether a layer sees a window (and the sinks) only."""
         return self.pattern[layer % len(self.pattern)] == SLIDING
 
+    def rope_of(self, layer: int) -> Rope | None:
+        """How positions rotate the queries and keys of a layer."""
+        return None if self.pattern[layer % len(self.pattern)] == UNROTATED else self.rope
+
+    def methods_of(self, layer: int) -> tuple[Method, ...]:
+        """Those of a layer: one that rotates nothing has no positions to give."""
+        rotates = self.rope_of(layer) is not None
+        return tuple(method for method in self.methods if rotates or not isinstance(method, Remapping))
+
     def to_dict(self) -> dict[str, Any]:
         """The arguments in plain Python values, ready for JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"rope_scaling": None if self.rope_scaling is None else self.rope_scaling.to_dict()}
+        values["rope_scaling"] = None if self.rope_scaling is None else self.rope_scaling.to_dict()
+        return values | {"methods": [method.to_dict() for method in self.methods]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
@@ -164,7 +183,8 @@ class TransformerConfig:
             expected = f"a mapping with {sorted(required)} and any of {sorted(names - required)}"
             raise InvalidInput("config", expected, list(values) if isinstance(values, Mapping) else values)
         rope_scaling = values.get("rope_scaling")
-        return cls(**{**values, "rope_scaling": None if rope_scaling is None else scaling.from_dict(rope_scaling)})
+        read = {"rope_scaling": None if rope_scaling is None else scaling.from_dict(rope_scaling)}
+        return cls(**{**values, **read, "methods": tuple(map(Method.read, values.get("methods", ())))})
 
     def _default(self, name: str, value: int) -> None:
         if getattr(self, name) is None:
@@ -196,9 +216,24 @@ class TransformerConfig:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise InvalidInput(name, f"the default beside positions {self.positions!r}", getattr(self, name))
 
+    def _check_methods(self) -> None:
+        if not isinstance(self.methods, tuple):
+            raise InvalidInput("methods", "a tuple of longattn.extension's methods", self.methods)
+        placed = bool(self.methods) or self.window_positions == "cache"
+        if placed and self.architecture != DECODER:
+            name = "methods" if self.methods else "window_positions"
+            raise InvalidInput(name, f"the default for the architecture {self.architecture!r}", getattr(self, name))
+        if self.window_positions == "cache" and (self.positions != "rope" or SLIDING not in self.pattern):
+            got = f"positions {self.positions!r} and pattern {self.pattern!r}"
+            raise InvalidInput("window_positions", "'original' without rotation or a sliding layer", got)
+        check_layer_methods(self.methods, self.rope)
+
     def _check_pattern(self) -> None:
-        if not isinstance(self.pattern, str) or not self.pattern or set(self.pattern) - {FULL, SLIDING}:
-            raise InvalidInput("pattern", "letters S (sliding) and L (full), at least one", repr(self.pattern))
+        if not isinstance(self.pattern, str) or not self.pattern or set(self.pattern) - {FULL, SLIDING, UNROTATED}:
+            expected = "letters S (sliding), L (full) and N (full, no rotation), at least one"
+            raise InvalidInput("pattern", expected, repr(self.pattern))
+        if UNROTATED in self.pattern and self.positions != "rope":
+            raise InvalidInput("pattern", "no layer N in a model that rotates nothing", repr(self.pattern))
         deepest = max(self.layers, self.encoder_layers or 0)
         if len(self.pattern) > deepest:
             raise InvalidInput("pattern", f"at most {deepest} letters, one a layer", repr(self.pattern))

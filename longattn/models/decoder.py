@@ -101,15 +101,22 @@ class Decoder(Stack):
         *,
         key_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
         caches: Sequence[Cache] | None = None,
         lengths: Tensor | Sequence[int] | None = None,
         sequences: Sequence[int] | None = None,
         tree: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
-        """The normalised output of the last block, [B, N, C] or [T, C]: what the output projection reads."""
+        """The normalised output of the last block, [B, N, C] or [T, C]: what the output projection reads.
+
+        Arguments as in `forward`; positions as in `loss`.
+        """
         check_ids("tokens", tokens, self.config.vocab_size, 2 if cu_seqlens is None else 1)
+        if positions is not None and caches is not None:
+            raise InvalidInput("positions", "None with caches", "a tensor")
         return self.run(
             self.embedding(tokens),
+            positions=positions,
             key_mask=key_mask,
             cu_seqlens=cu_seqlens,
             caches=caches,
@@ -124,6 +131,7 @@ class Decoder(Stack):
         targets: Tensor,
         *,
         cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
         reduction: str = "mean",
         chunk: int = 1024,
     ) -> Tensor:
@@ -133,6 +141,8 @@ class Decoder(Stack):
             tokens: int [B, N]; with cu_seqlens [T].
             targets: int64 of tokens' shape, for each token the one to predict; -100 is left out.
             cu_seqlens: as in `forward`.
+            positions: int, [N] or [B, N], or [T], where tokens stand, in place of 0, 1, 2, ...; what they see is as
+                ever. Not where a method of the config places tokens.
             reduction: "mean" (a scalar), or "none" (of tokens' shape, 0 where left out).
             chunk: how many tokens' logits are held at once.
 
@@ -142,7 +152,7 @@ class Decoder(Stack):
         Raises:
             InvalidInput: as `forward`; also targets that do not fit.
         """
-        hidden = self.hidden_states(tokens, cu_seqlens=cu_seqlens)
+        hidden = self.hidden_states(tokens, cu_seqlens=cu_seqlens, positions=positions)
         return chunked_cross_entropy(hidden, self.output_weight, targets, reduction=reduction, chunk=chunk)
 
     def attention_weights(self, tokens: Tensor, layer: int, rows: Sequence[int] | Tensor) -> Tensor:
@@ -189,7 +199,7 @@ class Decoder(Stack):
         if pattern is not None or window is not None or sinks:
             if pattern is None:
                 pattern = FULL if window is None else SLIDING
-            changes |= {"pattern": pattern, "window": window, "sinks": sinks}
+            changes |= {"pattern": pattern, "window": window, "sinks": sinks, "window_positions": "original"}
         with torch.device("meta"):
             decoder = Decoder(replace(self.config, **changes))  # type: ignore[arg-type]
         decoder.load_state_dict(self.state_dict(keep_vars=True), assign=True)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from longattn.arguments import new_lengths
@@ -36,11 +38,13 @@ class Stack(nn.Module):
         causal, cross_attention: of each `Block`.
 
     Attributes:
-        recompute: keep each block's input only, and compute the block again in the backward (Chen et al., Sublinear
-            Memory Cost, arXiv 1604.06174); off by default.
+        recompute: keep the input of every so many-th block only, and compute these blocks again in the backward (Chen
+            et al., Sublinear Memory Cost, arXiv 1604.06174); 0, the default: keep everything.
+        offload: keep those inputs in the host's memory until the backward. Of no effect on the CPU.
     """
 
-    recompute = False
+    recompute: int = 0
+    offload: bool = False
 
     def __init__(self, config: TransformerConfig, layers: int, *, causal: bool, cross_attention: bool = False) -> None:
         super().__init__()
@@ -79,10 +83,9 @@ class Stack(nn.Module):
         self._check_caches("caches", caches)
         self._check_caches("memory_caches", memory_caches)
         x, attention = self._enter(x, token_types, attention, caches)
+        if self.recompute and torch.is_grad_enabled() and caches is None and memory_caches is None:
+            return self.norm(self._recomputed(x, attention))
         for layer, block in enumerate(self.blocks):
-            if self.recompute and torch.is_grad_enabled() and caches is None and memory_caches is None:
-                x = checkpoint(block, x, use_reentrant=False, **attention)
-                continue
             x = block(
                 x,
                 cache=None if caches is None else caches[layer],
@@ -90,6 +93,20 @@ class Stack(nn.Module):
                 **attention,
             )
         return self.norm(x)
+
+    def _recomputed(self, x: Tensor, attention: dict[str, Any]) -> Tensor:
+        """Through all blocks, `recompute` of them at a time."""
+
+        def through(x: Tensor, blocks: Sequence[nn.Module]) -> Tensor:
+            for block in blocks:
+                x = block(x, **attention)
+            return x
+
+        for first in range(0, len(self.blocks), self.recompute):
+            away = self.offload and x.device.type != "cpu"
+            with save_on_cpu(pin_memory=True) if away else nullcontext():
+                x = checkpoint(through, x, list(self.blocks[first : first + self.recompute]), use_reentrant=False)
+        return x
 
     def remember(
         self,
@@ -153,7 +170,11 @@ class Stack(nn.Module):
         if config.positions != "rope":
             places = token_places(x.shape[-2], x.device)
             length = attention.get("max_seqlen") or whole_length(x.shape[-2])
-            if cu_seqlens is not None:
+            given = attention.get("positions")
+            if given is not None:
+                places, length = given, int(given.max()) + 1 if given.numel() else 0
+                attention = {**attention, "positions": None}
+            elif cu_seqlens is not None:
                 places = _places_in_sequences(places, cu_seqlens)
             elif caches is not None:
                 places, length = _places_after(caches[0], x, attention)

@@ -8,9 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longattn.arguments import Positions, Window
+from longattn.arguments import Positions, Window, new_lengths
 from longattn.cache import Cache, attention_with_cache
 from longattn.errors import InvalidInput
+from longattn.extension import (
+    LogN,
+    Method,
+    Part,
+    Places,
+    Remapping,
+    ShiftedGroups,
+    attend_in_parts,
+    attend_in_shifted_groups,
+    check_layer_methods,
+    window_parts,
+)
 from longattn.functional import attention, attention_varlen
 from longattn.inspect import attention_rows
 from longattn.nn.checks import check_dropout, check_positive_int, check_structure
@@ -32,6 +44,10 @@ class Attention(nn.Module):
             Normalization for Transformers, arXiv 2010.04245; RMSNorm as in Qwen3).
         sink_logits: learn one score per head that takes part in the softmax without a value (gpt-oss); starts at 0.
         dropout: probability of dropping a weight while training.
+        window_positions: where the sinks of a window stand in the rotation, "original" or "cache", as in
+            `longattn.SlidingKVCache`; with and without a cache.
+        methods: of a causal layer, any of `longattn.extension`'s LogN, ShiftedGroups (in training only), and SelfExtend
+            or DualChunk, which leave a layer with a window as it is.
 
     Raises:
         InvalidInput: sizes or options that do not fit each other.
@@ -54,6 +70,8 @@ class Attention(nn.Module):
         qk_norm: bool = False,
         sink_logits: bool = False,
         dropout: float = 0.0,
+        window_positions: str = "original",
+        methods: Sequence[Method] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -71,6 +89,13 @@ class Attention(nn.Module):
         check_positive_int("head_dim", head_dim)
         check_structure(window, sinks, rope, head_dim)
         check_dropout(dropout)
+        if window_positions not in ("original", "cache"):
+            raise InvalidInput("window_positions", "'original' or 'cache'", repr(window_positions))
+        if (methods or window_positions == "cache") and not causal:
+            raise InvalidInput("causal", "True with methods or window_positions 'cache'", causal)
+        if window_positions == "cache" and (rope is None or not isinstance(window, int)):
+            raise InvalidInput("window_positions", "'original' without a rotation and a window", window_positions)
+        check_layer_methods(methods, rope)
 
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -83,6 +108,12 @@ class Attention(nn.Module):
         self.softcap = softcap
         self.scale = scale
         self.dropout = dropout
+        self.window_positions = window_positions
+        self.methods = tuple(methods)
+        self._log_n = next((method for method in methods if isinstance(method, LogN)), None)
+        on_full = [] if window is not None else list(methods)
+        self._groups = next((method.group for method in on_full if isinstance(method, ShiftedGroups)), None)
+        self._remapping = next((method for method in on_full if isinstance(method, Remapping)), None)
 
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias, **where)
@@ -155,6 +186,15 @@ class Attention(nn.Module):
         for name, tensor in (("x", x), ("context", x if context is None else context)):
             self._check_input(name, tensor, packed=cu_seqlens is not None)
         q, k, v = self._project(x, x if context is None else context)
+        if self.methods or self._moves_sinks:
+            if context is not None:
+                raise InvalidInput("context", "None for a layer with methods", "a tensor")
+            places = Places.at_end(x.shape[-2], x.shape[-2], x.device)
+            if cu_seqlens is not None:
+                places = Places.packed(cu_seqlens, x.shape[-2])
+            q = self._scaled(q, positions if isinstance(positions, Tensor) else places.in_sequence)
+            if self._moves_sinks or self._remapping is not None or (self._groups and self.training):
+                return self.o_proj(self._attend_placed(q, k, v, places, positions, bounds, key_mask, key_lens))
         call: dict[str, Any] = {
             "causal": self.causal,
             "window": self.window,
@@ -180,6 +220,61 @@ class Attention(nn.Module):
             out = out.transpose(1, 2)
         return self.o_proj(out.flatten(-2))
 
+    @property
+    def _moves_sinks(self) -> bool:
+        return self.window_positions == "cache" and self.sinks > 0
+
+    def _scaled(self, q: Tensor, positions: Tensor) -> Tensor:
+        """q [..., N, H, D] as LogN has it."""
+        if self._log_n is None:
+            return q
+        return self._log_n.scaled(q.transpose(-3, -2), positions).transpose(-3, -2)
+
+    def _attend_placed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        places: Places,
+        positions: Positions,
+        bounds: tuple[Tensor, Tensor] | None,
+        key_mask: Tensor | None,
+        key_lens: Tensor | None,
+    ) -> Tensor:
+        """Attention where tokens stand as a method says: q [B, N, Hq, D], or [T, Hq, D] packed, to [..., N, Hq D]."""
+        if positions is not None:
+            raise InvalidInput("positions", "None for a layer whose method places tokens", type(positions).__name__)
+        packed = q.dim() == 3
+        q, k, v = ((x[None] if packed else x).transpose(1, 2) for x in (q, k, v))
+        call: dict[str, Any] = {
+            "rope": self.rope,
+            "standing": (places.in_sequence, places.keys),
+            "key_mask": key_mask,
+            "key_lens": key_lens,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sink_logits": self.sink_logits,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
+        if self._groups and self.training:
+            if bounds is not None:
+                raise InvalidInput("bounds", "None with shifted groups", "a pair")
+            out = attend_in_shifted_groups(q, k, v, places, self._groups, **call)
+        else:
+            parts = self._parts(places)
+            if bounds is not None:
+                lo, hi = bounds
+                parts = [part._replace(lo=part.lo.maximum(lo), hi=part.hi.minimum(hi)) for part in parts]
+            out = attend_in_parts(q, k, v, parts, **call)
+        out = out.transpose(1, 2).flatten(-2)
+        return out.squeeze(0) if packed else out
+
+    def _parts(self, places: Places) -> list[Part]:
+        if self._remapping is not None:
+            return self._remapping.parts(places)
+        assert isinstance(self.window, int)
+        return window_parts(places, self.window, self.sinks, at_cache=True)
+
     def _with_cache(
         self,
         x: Tensor,
@@ -198,9 +293,21 @@ class Attention(nn.Module):
             raise InvalidInput("cache", "None while dropout is on (see Module.eval)", type(cache).__name__)
         if positions is not None and not isinstance(positions, Tensor):
             raise InvalidInput("positions", "one tensor with a cache", type(positions).__name__)
+        if self._moves_sinks and not cache.cache_positions:
+            raise InvalidInput("cache", "a SlidingKVCache with positions='cache'", type(cache).__name__)
         self._check_input("x", x, packed=False)
-        q = self._project_queries(x).transpose(1, 2)
+        q = self._project_queries(x)
+        if self._log_n is not None:
+            stand = cache.next_positions(x.shape[1], sequences=sequences, tree=tree)
+            q = self._scaled(q, stand if positions is None else positions)
+        q = q.transpose(1, 2)
         k, v = [tensor.transpose(1, 2) for tensor in self._project_keys(x)] if append else (None, None)
+        if self._remapping is not None:
+            for name, value in (("positions", positions), ("tree", tree), ("append", None if append else False)):
+                if value is not None:
+                    raise InvalidInput(name, f"its default with {self._remapping}", type(value).__name__)
+            assert k is not None and v is not None
+            return self.o_proj(self._remapped_with_cache(q, k, v, cache, lengths, sequences))
         out: Any = attention_with_cache(
             q,
             k,
@@ -219,6 +326,38 @@ class Attention(nn.Module):
             tree=tree,
         )
         return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+    def _remapped_with_cache(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: Cache,
+        lengths: Tensor | Sequence[int] | None,
+        sequences: Sequence[int] | None,
+    ) -> Tensor:
+        """Append unrotated keys, as each call turns them two ways, and attend to all of each sequence: [B, T, Hq D]."""
+        assert self._remapping is not None
+        if cache.window is not None:
+            raise InvalidInput("cache", f"one that keeps all keys, with {self._remapping}", type(cache).__name__)
+        counts = new_lengths(lengths, q.shape[0], q)
+        cache.append(k, v, lengths=lengths, sequences=sequences)
+        out = q.new_zeros(q.shape)
+        for row, sequence in enumerate(range(cache.batch) if sequences is None else sequences):
+            _, keys, values = (part[None] for part in cache.read(sequence))
+            places = Places.at_end(counts[row], keys.shape[2], q.device)
+            out[row : row + 1, :, : counts[row]] = attend_in_parts(
+                q[row : row + 1, :, : counts[row]],
+                keys.to(q.dtype),
+                values.to(q.dtype),
+                self._remapping.parts(places),
+                rope=self.rope,
+                standing=(places.in_sequence, places.keys),
+                scale=self.scale,
+                softcap=self.softcap,
+                sink_logits=self.sink_logits,
+            )
+        return out.transpose(1, 2).flatten(-2)
 
     def remember(
         self,
@@ -266,7 +405,12 @@ class Attention(nn.Module):
         """
         for name, tensor in (("x", x), ("context", x if context is None else context)):
             self._check_input(name, tensor, packed=False)
+        if self._remapping is not None or self._moves_sinks:
+            raise InvalidInput(
+                "methods", "none that places tokens, to have weights", self.methods or "window_positions"
+            )
         q, k, _ = self._project(x, x if context is None else context)
+        q = self._scaled(q, torch.arange(q.shape[1], device=q.device))
         return attention_rows(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -287,7 +431,8 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         heads = f"{self.num_heads}/{self.num_kv_heads}"
-        return f"heads={heads}, causal={self.causal}, window={self.window}, sinks={self.sinks}, rope={self.rope}"
+        seen = f"causal={self.causal}, window={self.window}, sinks={self.sinks}"
+        return f"heads={heads}, {seen}, rope={self.rope}, methods={list(self.methods)}"
 
     def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [..., N, Hq, D], k and v [..., M, Hkv, D]."""

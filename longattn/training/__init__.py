@@ -14,8 +14,10 @@ from longattn.training.checkpoint import Checkpoint, load_checkpoint, load_model
 from longattn.training.context_parallel import ContextParallel
 from longattn.training.data import ByteCorpus, RandomWindows, find_files, split_files, stdlib_files
 from longattn.training.loop import Batches, Loss, Trainable, TrainingConfig, TrainingResult, train
+from longattn.training.lora import Lora
 from longattn.training.packing import Documents, PackedDocuments, TokenFile, pack, write_token_file
 from longattn.training.pretraining import DenoisedWindows, MaskedWindows
+from longattn.training.skipping import SkippedPositions
 from longattn.training.text import clean_documents, deduplicated, is_noise, normalised
 from longattn.training.tokenizers import (
     ByteTokenizer,
@@ -37,12 +39,14 @@ __all__ = [
     "LabelledSequence",
     "LabelledSequences",
     "LabelledTokens",
+    "Lora",
     "Loss",
     "MaskedWindows",
     "PackedDocuments",
     "RandomWindows",
     "SentencePairs",
     "SequencePair",
+    "SkippedPositions",
     "TaggedSequences",
     "TextTokenizer",
     "TokenFile",

@@ -76,8 +76,11 @@ class TrainingConfig:
         max_grad_norm: gradients are scaled down to this norm.
         precision: "bfloat16" runs the products of matrices in it (autocast; weights stay float32), "float32" does
             not, "auto" does where the hardware gains from it.
-        recompute: keep the input of each block only, and compute the block again in the backward: a third more work,
-            in memory that hardly grows with the layers. The losses are the same.
+        recompute: keep the input of each block only (True), or of every so many-th, and compute blocks again in the
+            backward: a third more work, in memory that hardly grows with the layers. The losses are the same.
+        offload: keep those inputs in the host's memory until the backward; of no effect on the CPU.
+        feed_forward_tile: tokens that go through a feed-forward layer at once, which computes them again in the
+            backward; None: all. The losses are the same.
         save_every: steps between checkpoints; 0 saves at the end only.
 
     Raises:
@@ -94,7 +97,9 @@ class TrainingConfig:
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     precision: str = "auto"
-    recompute: bool = False
+    recompute: bool | int = False
+    offload: bool = False
+    feed_forward_tile: int | None = None
     save_every: int = 200
 
     def __post_init__(self) -> None:
@@ -114,8 +119,13 @@ class TrainingConfig:
             finite_number(name, getattr(self, name), at_least=low, at_most=high)
         if self.precision not in PRECISIONS:
             raise InvalidInput("precision", f"one of {', '.join(PRECISIONS)}", repr(self.precision))
-        if not isinstance(self.recompute, bool):
-            raise InvalidInput("recompute", "a bool", repr(self.recompute))
+        if not isinstance(self.recompute, int) or self.recompute < 0:
+            raise InvalidInput("recompute", "a bool, or an int >= 0", repr(self.recompute))
+        if not isinstance(self.offload, bool) or (self.offload and not self.recompute):
+            raise InvalidInput("offload", "a bool, False without recompute", repr(self.offload))
+        tile = self.feed_forward_tile
+        if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
+            raise InvalidInput("feed_forward_tile", "None or an int >= 1", repr(tile))
 
     def progress(self, step: int, elapsed: float) -> float:
         """The share of the training that is done after `step` steps and `elapsed` seconds; 1: all."""
@@ -204,7 +214,7 @@ def train(
 
     losses: list[float] = []
     tokens = 0
-    _set_recompute(model, config.recompute)
+    _save_memory(model, config)
     model.train()
     start = time.perf_counter()
     with _interrupt_between_steps() as interrupted, _progress_bar(description, show_progress) as show:
@@ -236,12 +246,16 @@ def train(
     return TrainingResult(losses, step, tokens, time.perf_counter() - start)
 
 
-def _set_recompute(model: nn.Module, recompute: bool) -> None:
+def _save_memory(model: nn.Module, config: TrainingConfig) -> None:
     stacks = [module for module in model.modules() if isinstance(module, Stack)]
-    if recompute and not stacks:
-        raise InvalidInput("recompute", "False for a model that is none of longattn.models", type(model).__name__)
+    for name in ("recompute", "feed_forward_tile"):
+        if getattr(config, name) and not stacks:
+            got = type(model).__name__
+            raise InvalidInput(name, "its default for a model that is none of longattn.models", got)
     for stack in stacks:
-        stack.recompute = recompute
+        stack.recompute, stack.offload = int(config.recompute), config.offload
+        for block in stack.blocks:
+            block.feed_forward_tile = config.feed_forward_tile  # type: ignore[assignment]  # a Block
 
 
 def _inputs(batch: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -249,8 +263,9 @@ def _inputs(batch: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    matrices = [weight for weight in trained if weight.dim() > 1]
+    vectors = [weight for weight in trained if weight.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
@@ -280,6 +295,8 @@ def _restore(
             raise InvalidInput(f"checkpoint's {name}", _different(ours, theirs), _different(theirs, ours))
     load_weights(model, saved)
     for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
         state = {key: saved.optimizer.get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
         if any(value is None for value in state.values()):
             raise InvalidInput("checkpoint", "the optimiser's state of every weight", f"none of {name}")

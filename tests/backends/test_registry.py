@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import longattn
-from helpers import random_qkv
+from helpers import backend_names, missing, random_qkv
 from longattn import InvalidInput, Mask, Unsupported
 from longattn.backends import registry
 from longattn.backends.reference import ReferenceBackend
@@ -62,6 +62,15 @@ def test_the_contracts_names_exist() -> None:
     names = [backend.name for backend in registry.BACKENDS]
     assert len(set(names)) == len(names) and names[-1] == "reference"
     assert {"cpu", "reference"} <= set(names)
+
+
+@pytest.mark.parametrize("backend", [backend.name for backend in registry.BACKENDS])
+def test_the_tests_of_all_backends_run_it(backend: str) -> None:
+    """Triton's kernels run in its interpreter, in a process of their own: see the Makefile."""
+    reasons = missing(backend)
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    assert backend in [param.values[0] for param in backend_names()]
 
 
 def test_auto_takes_the_first_that_can(backends: tuple[str, ...]) -> None:

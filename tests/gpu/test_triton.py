@@ -13,7 +13,7 @@ from torch import Tensor
 import longattn
 import oracle
 from helpers import _compare, drawn, one_thread, run
-from longattn import KVCache, PagedKVCache, Rope, SlidingKVCache, attention_with_cache
+from longattn import InvalidInput, KVCache, PagedKVCache, Rope, SlidingKVCache, attention_with_cache, ops
 from longattn.mask import Mask
 from longattn.scaling import YaRN
 
@@ -142,6 +142,18 @@ def test_packed() -> None:
             torch.testing.assert_close(x.float(), exact[name].float(), atol=2e-2 * scale, rtol=2e-2, msg=name)
 
 
+def test_lengths_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads them but where LONGATTN_CHECK asks for it; the kernels stay inside the tensors."""
+    q, k, v = (torch.randn(90, 2, 64, device=DEVICE).bfloat16() for _ in range(3))
+    for entries in ((0, 70, 30), (-5, 40, 1 << 30)):
+        wrong = torch.tensor(entries, dtype=torch.int32, device=DEVICE)
+        longattn.attention_varlen(q, k, v, wrong, wrong, 90, 90, backend="triton")
+        torch.cuda.synchronize()
+        with monkeypatch.context() as patch, pytest.raises(InvalidInput, match="cu_seqlens_q"):
+            patch.setenv("LONGATTN_CHECK", "1")
+            longattn.attention_varlen(q, k, v, wrong, wrong, 90, 90, backend="triton")
+
+
 def test_rows_that_no_descriptor_fits() -> None:
     """The same numbers give the same bits, whichever way tiles are loaded; rows 65 numbers apart are 2 bytes off."""
     x = [torch.randn(1, 4, 513, 65, device=DEVICE).bfloat16()[..., :64] for _ in range(3)]
@@ -213,7 +225,7 @@ def test_hidden_keys_never_matter() -> None:
 
 
 CACHES: dict[str, Callable[[torch.dtype], Any]] = {
-    "contiguous": lambda dtype: KVCache(2, 2, 128, dtype=dtype, device=DEVICE),
+    "contiguous": lambda dtype: KVCache(2, 2, 128, capacity=1700, dtype=dtype, device=DEVICE),
     "paged": lambda dtype: PagedKVCache(2, 2, 128, num_pages=400, page_size=16, dtype=dtype, device=DEVICE),
     "ring": lambda dtype: SlidingKVCache(2, 2, 128, window=200, sinks=4, dtype=dtype, device=DEVICE),
     "places in the ring": lambda dtype: SlidingKVCache(
@@ -264,6 +276,55 @@ def test_graphs_capture_calls() -> None:
         x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(out, longattn.attention(q, k, v, **call))
+
+
+def test_graphs_capture_gradients() -> None:
+    leaves = [x.to(DEVICE).requires_grad_() for x in draw((4, 2), (300, 300), (64, 64), torch.bfloat16)]
+    dout = torch.randn_like(leaves[0])
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(longattn.attention(*leaves, causal=True, backend="triton"), leaves, dout)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    dout.copy_(torch.randn_like(dout))
+    graph.replay()
+    for got, expected in zip(found, step(), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "ring", "places in the ring"])
+def test_graphs_capture_a_step_on_a_cache(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One captured step serves those after it: lengths lie on the GPU, and nk is but the most that they may say."""
+    caches = [CACHES[kind](torch.bfloat16) for _ in range(2)]
+    calls: list[Any] = []
+    run = ops.attention_with_cache
+    monkeypatch.setattr(ops, "attention_with_cache", lambda *call: calls.append(call) or run(*call))
+    for new in (1500, 1):
+        x = [torch.randn(2, heads, new, 128, device=DEVICE).bfloat16() for heads in (8, 2, 2)]
+        for cache in caches:
+            attention_with_cache(*x, cache, rope=Rope(128), backend="triton")
+    tensors, slots, problem, backend = calls[-2]
+    problem = problem._replace(nk=1600)
+    run(tensors, slots, problem, backend)  # the same again, so that all is compiled
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = run(tensors, slots, problem, backend)
+    for _ in range(4):
+        x = [torch.randn_like(y) for y in tensors[:3]]
+        for y, new in zip(tensors[:3], x, strict=True):
+            y.copy_(new)
+        tensors.key_lens.add_(1)
+        graph.replay()
+        expected = attention_with_cache(*x, caches[1], rope=Rope(128), backend="triton")
+        torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
 
 
 def test_compiled() -> None:

@@ -248,7 +248,10 @@ def test_a_clock_only_adds_steps() -> None:
         ("warmup", -1),
         ("precision", "float16"),
         ("save_every", True),
-        ("recompute", 1),
+        ("recompute", -1),
+        ("recompute", 0.5),
+        ("offload", True),
+        ("feed_forward_tile", 0),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, value: Any) -> None:

@@ -71,11 +71,11 @@ def append_kernel(
         angle = position[:, None] * frequency[None, :]
 
     if head < q_heads:
-        if near_rows is not None:
+        if near_rows.ptr is not None:
             base = rows_of(q_rows, b, head, 0)
             column = tl.arange(0, D)[None, :]
             here = inside[:, None] & (column < WIDTH)
-            if far_rows is not None:
+            if far_rows.ptr is not None:
                 angle = t.to(tl.float32)[:, None] * frequency[None, :]
                 last = tl.minimum(shift + t, rotation.last).to(tl.float32)
                 far = last[:, None] * frequency[None, :]
@@ -86,7 +86,7 @@ def append_kernel(
             places = rows_of(near_rows, b, head, 0) + t.to(tl.int64)[:, None] * near_rows.token + column
             tl.store(places, x.to(near_rows.ptr.dtype.element_ty), mask=here)
     else:
-        if k_rows is not None:
+        if k_rows.ptr is not None:
             h = head - q_heads
             page, slot = place_of(pages, b, shift + t, inside)
             k_scales = None

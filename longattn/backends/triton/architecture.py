@@ -14,11 +14,9 @@ _OLDEST = 80
 _TOLERANCE = 2e-2  # of a float16 result against float64; a wrong kernel is off by its whole size
 
 
-def of_this_device() -> int:
-    """The current GPU's compute capability, 10 * major + minor; the oldest supported where there is none."""
-    if not torch.cuda.is_available():
-        return _OLDEST
-    return _capability(torch.cuda.current_device())
+def of(device: torch.device) -> int:
+    """A GPU's compute capability, 10 * major + minor; the oldest supported for what is none."""
+    return _capability(device.index) if device.type == "cuda" else _OLDEST
 
 
 def proven() -> dict[str, str]:
@@ -87,7 +85,7 @@ def self_check(device: torch.device) -> str | None:
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     try:
         with torch.cuda.device_of(q):
-            call = attention.Call(problem, Tensors(q, k, v), of_this_device(), device.type == "cpu")
+            call = attention.Call(problem, Tensors(q, k, v), of(q.device), device.type == "cpu")
             call.forward(out, lse)
             call.backward(out, lse, dout, None, Gradients(dq, dk, dv))
     except Exception as error:  # whatever a compiler or driver may throw: the call then goes to another backend

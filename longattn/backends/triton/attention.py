@@ -54,10 +54,8 @@ class Call:
             self.for_k = for_k
             self.q, self.k = _empty_rows(self.q), _empty_rows(self.k)
             self._turn([Turn(tensors.q, self.for_q, self.q), Turn(tensors.k, self.for_k, self.k)], inverse=False)
-        self.descriptors = config.uses_descriptors(problem, architecture) and all(
-            size == 1 or stride
-            for x in (self.q, self.k, self.v)
-            for size, stride in zip(x.shape, x.stride(), strict=True)
+        self.descriptors = config.uses_descriptors(problem, architecture) and not (
+            _expanded(self.q) or _expanded(self.k) or _expanded(self.v)
         )
         self.kernels = config.kernels(problem, architecture, self.descriptors)
         self.sequences = _sequences(problem, tensors)
@@ -90,7 +88,7 @@ class Call:
             *map(Rows.of, (self.q, self.k, self.v)), self._tiles(self.k, self.kernels.forward.n),
             self._tiles(self.v, self.kernels.forward.n), Rows.of(out), lse, float32(tensors.sink_logits),
             self.sequences, self.mask, self.terms, self.dropout, problem.q_heads, problem.group, tiles,
-            self._together(self.k, self.v) * problem.group,
+            self._together(problem.nk) * problem.group,
         )  # fmt: skip
 
     def backward(self, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
@@ -115,7 +113,7 @@ class Call:
             self._launch(
                 key_gradient_kernel, own, tiles * problem.kv_heads * problem.batch,
                 *inputs, self._tiles(self.q, own.m), self._tiles(dout, own.m), Rows.of(dk), Rows.of(dv), lse, delta,
-                *shared, problem.kv_heads, problem.group, tiles, self._together(self.q, dout),
+                *shared, problem.kv_heads, problem.group, tiles, self._together(problem.nq * problem.group),
             )  # fmt: skip
         if grads.q is not None or grads.alibi_slopes is not None:
             dq = torch.empty_like(self.q) if grads.q is None else grads.q
@@ -127,7 +125,7 @@ class Call:
             self._launch(
                 query_gradient_kernel, own, tiles * problem.q_heads * problem.batch,
                 *inputs, self._tiles(self.k, own.n), self._tiles(self.v, own.n), Rows.of(dq), lse, delta, rows,
-                *shared, problem.q_heads, problem.group, tiles, self._together(self.k, self.v) * problem.group,
+                *shared, problem.q_heads, problem.group, tiles, self._together(problem.nk) * problem.group,
             )  # fmt: skip
             if rows is not None and grads.alibi_slopes is not None:
                 _sum_slopes(problem, tensors, rows, grads.alibi_slopes)
@@ -171,28 +169,36 @@ class Call:
 
     def _tiles(self, x: Tensor, rows: int) -> Any:
         """The descriptor of x for tiles of `rows` rows, or None where the hardware has none or cannot describe x."""
-        if not self.descriptors or not x.numel():
+        if not self.descriptors or not x.numel() or _expanded(x):
             return None
         sizes, strides = list(x.shape), list(x.stride())
-        for at, size in enumerate(sizes[:3]):
-            if size == 1:
-                strides[at] = _ALIGNMENT  # of no meaning, but looked at
-            if not strides[at]:
-                return None
+        if 1 in sizes:  # its stride means nothing, but is looked at
+            strides = [_ALIGNMENT if size == 1 else stride for size, stride in zip(sizes, strides, strict=True)]
         strides[3] = 1
-        return TensorDescriptor(x, sizes, strides, [1, 1, rows, padded(x.shape[3])])
+        return _Descriptor(x, sizes, strides, [1, 1, rows, padded(sizes[3])])
 
-    def _together(self, *read: Tensor) -> int:
-        """Heads of key/value, whose programs start side by side: causal tiles see more or less, the others alike."""
+    def _together(self, rows: int) -> int:
+        """Heads of key/value, whose programs start side by side: causal tiles see more or less, the others alike.
+
+        Args:
+            rows: that the programs of a head read, of both widths.
+        """
         mask, problem = self.problem.mask, self.problem
         if mask.right is None or mask.left is not None or problem.varlen:
             return 1
-        head = sum(x.shape[2] * x.shape[3] * x.itemsize for x in read) * (read[0].shape[1] // problem.kv_heads)
-        return max(1, min(problem.batch * problem.kv_heads, _CACHED_BYTES // max(1, head)))
+        read = rows * (problem.head_dim + problem.v_head_dim) * problem.dtype.itemsize
+        return max(1, min(problem.batch * problem.kv_heads, _CACHED_BYTES // max(1, read)))
 
     def _turn(self, turns: Sequence[Turn], inverse: bool) -> None:
         assert self.tensors.inv_freq is not None
         rope(turns, self.tensors.inv_freq, self.problem.rope_factor, self.problem.interleaved, inverse)
+
+
+class _Descriptor(TensorDescriptor):
+    """One of a tensor that fits: to check that again, as Triton's own does, takes as long as a launch."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 class Turn(NamedTuple):
@@ -223,7 +229,7 @@ def rope(turns: Sequence[Turn], inv_freq: Tensor, factor: float, interleaved: bo
         arguments += (Rows.of(x), Rows.of(out), positions, n if by_batch else 0, n, x.shape[1])
         programs.append(math.ceil(n / tokens) * math.ceil(x.shape[1] / heads) * x.shape[0])
     if len(turns) == 1:
-        arguments += [None] * len(arguments)
+        arguments += [Rows.of(None), Rows.of(None), *[None] * 4]
     launch.launch(
         rope_kernel, sum(programs), *arguments, programs[0], inv_freq, factor,
         PAIRS=pairs, WIDTH=width, INTERLEAVED=interleaved, INVERSE=inverse, T=tokens, H=heads, P=block, REST=rest,
@@ -233,10 +239,16 @@ def rope(turns: Sequence[Turn], inv_freq: Tensor, factor: float, interleaved: bo
 
 def _aligned(x: Tensor) -> Tensor:
     """x, or a copy of it whose rows lie at multiples of 16 bytes: else each entry is loaded by itself."""
-    unit = _ALIGNMENT // x.itemsize
-    if not any(stride % unit for stride in x.stride()[:3]) and not x.data_ptr() % _ALIGNMENT:
-        return x
-    return _empty_rows(x).copy_(x)
+    batch, head, token, _ = x.stride()
+    if (batch | head | token) * x.itemsize % _ALIGNMENT or x.data_ptr() % _ALIGNMENT:
+        return _empty_rows(x).copy_(x)
+    return x
+
+
+def _expanded(x: Tensor) -> bool:
+    """Whether a dimension of x repeats what it holds: no descriptor says so."""
+    strides = x.stride()
+    return 0 in strides and any(not stride and size > 1 for size, stride in zip(x.shape, strides, strict=True))
 
 
 def _empty_rows(x: Tensor) -> Tensor:
@@ -249,28 +261,31 @@ def _sequences(problem: Problem, tensors: Tensors) -> Sequences:
     return Sequences(
         problem.nq,
         problem.nk,
-        *(
-            None if x is None else x.contiguous()
-            for x in (tensors.key_lens, tensors.cu_seqlens_q, tensors.cu_seqlens_k)
-        ),
+        None if tensors.key_lens is None else tensors.key_lens.contiguous(),
+        None if tensors.cu_seqlens_q is None else tensors.cu_seqlens_q.contiguous(),
+        None if tensors.cu_seqlens_k is None else tensors.cu_seqlens_k.contiguous(),
     )
 
 
 def _visibility(problem: Problem, tensors: Tensors) -> Visibility:
     lo, hi = tensors.lo, tensors.hi
-    return Visibility.of(problem.mask)._replace(
-        offset=None if tensors.offset is None else tensors.offset.contiguous(),
-        key_mask=None if tensors.key_mask is None else tensors.key_mask.contiguous().view(torch.uint8),
-        lo=None if lo is None else lo.contiguous(),
-        hi=None if hi is None else hi.contiguous(),
-        bounds_batch=problem.nq if lo is not None and lo.dim() == 2 else 0,
+    return Visibility.of(
+        problem.mask,
+        None if tensors.offset is None else tensors.offset.contiguous(),
+        None if tensors.key_mask is None else tensors.key_mask.contiguous().view(torch.uint8),
+        None if lo is None else lo.contiguous(),
+        None if hi is None else hi.contiguous(),
+        problem.nq if lo is not None and lo.dim() == 2 else 0,
     )
 
 
 def _dropout(problem: Problem, tensors: Tensors) -> Dropout:
     if not problem.dropout_p:
-        return Dropout(None, None, None)
-    return Dropout(tensors.seed, min(round(problem.dropout_p * 2**32), 2**32 - 1), 1.0 / (1.0 - problem.dropout_p))
+        return Dropout()
+    threshold, scale = min(round(problem.dropout_p * 2**32), 2**32 - 1), 1.0 / (1.0 - problem.dropout_p)
+    if "origin" not in problem.features:
+        return Dropout(tensors.seed, threshold, scale)
+    return Dropout(tensors.seed, threshold, scale, *problem.origin, uneven=1 if problem.origin.key % 4 else None)
 
 
 def _sum_slopes(problem: Problem, tensors: Tensors, rows: Tensor, out: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from types import ModuleType
@@ -26,7 +27,7 @@ class TritonBackend(Backend):
     def unavailable(self) -> str | None:
         if not _INSTALLED:
             return "Triton is not installed"
-        if not _interpreted() and not torch.cuda.is_available():
+        if not _finds_gpu() and not _interpreted():
             return "there is no GPU that torch can use"
         return None
 
@@ -46,8 +47,6 @@ class TritonBackend(Backend):
                 found.append(f"{name} is at most 512, not {width}")
         if max(problem.nq, problem.nk, abs(problem.mask.offset)) >= _LONGEST:
             found.append(f"positions are below {_LONGEST}")
-        if "origin" in problem.features:
-            found.append("counts dropout from the call's own first query and key, not from an origin")
         if not found and problem.device == "cuda" and not torch.compiler.is_compiling():
             fault = architecture.fault()
             if fault is not None:
@@ -56,7 +55,7 @@ class TritonBackend(Backend):
 
     def forward(self, problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> None:
         with _device_of(out):
-            _attention().Call(problem, tensors, architecture.of_this_device(), _interpreted()).forward(out, lse)
+            _attention().Call(problem, tensors, architecture.of(out.device), _interpreted()).forward(out, lse)
 
     def backward(
         self,
@@ -69,7 +68,7 @@ class TritonBackend(Backend):
         grads: Gradients,
     ) -> None:
         with _device_of(out):
-            call = _attention().Call(problem, tensors, architecture.of_this_device(), _interpreted())
+            call = _attention().Call(problem, tensors, architecture.of(out.device), _interpreted())
             call.backward(out, lse, dout, dlse, grads)
 
     def append(self, problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
@@ -95,6 +94,12 @@ class TritonBackend(Backend):
             attention.rope([attention.Turn(x, positions, out)], inv_freq, factor, interleaved, inverse)
 
 
+@functools.cache
+def _finds_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+@functools.cache
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 

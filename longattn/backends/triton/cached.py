@@ -22,7 +22,6 @@ from longattn.backends.triton.params import (
     precision,
 )
 from longattn.backends.triton.splits import attend
-from longattn.errors import InvalidInput
 from longattn.problem import CacheTensors, Problem, Slots
 
 _NEW_ENTRIES = 1024  # of a head a program: tokens times padded width
@@ -35,8 +34,6 @@ def append(problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
 
 def decode(problem: Problem, tensors: CacheTensors, slots: Slots, out: Tensor, lse: Tensor, interpreted: bool) -> None:
     """Backend.decode."""
-    if tensors.k is None and slots.ring:
-        _check_ring(problem, tensors, slots)
     near, far = _take_in(problem, tensors, slots)
     assert near is not None
     attend(
@@ -77,28 +74,14 @@ def _take_in(problem: Problem, tensors: CacheTensors, slots: Slots) -> tuple[Ten
             problem.rope_factor,
             problem.frame + slots.sinks - 1,
         )
-    rows = [None if x is None else Rows.of(x) for x in (q, near, far, tensors.k, tensors.v)]
     launch.launch(
-        append_kernel, problem.batch * tiles * sum(heads), *rows, _pages(slots), _lengths(tensors), rotation, *heads,
+        append_kernel, problem.batch * tiles * sum(heads), *map(Rows.of, (q, near, far, tensors.k, tensors.v)),
+        _pages(slots), _lengths(tensors), rotation, *heads,
         problem.nq, tiles,
         WIDTH=problem.head_dim, V_WIDTH=problem.v_head_dim, D=padded(problem.head_dim), DV=padded(problem.v_head_dim),
         PAIRS=pairs, INTERLEAVED=problem.interleaved, TURN_KEYS=turn and tensors.cos is None, T=tokens, num_warps=4,
     )  # fmt: skip
     return q if near is None else near, far
-
-
-def _check_ring(problem: Problem, tensors: CacheTensors, slots: Slots) -> None:
-    """Queries of old tokens may see keys that newer ones have taken the slots of. (New tokens were made room for.)
-
-    Raises:
-        InvalidInput: they do.
-    """
-    left = problem.nk if problem.mask.left is None else problem.mask.left
-    if problem.nk <= slots.sinks + slots.ring or left + problem.nq <= slots.ring:
-        return
-    seen = left + int(tensors.query_lens.max())
-    if seen > slots.ring:
-        raise InvalidInput("window", "keys that the ring still holds", f"{seen} keys of {slots.ring}")
 
 
 def _pages(slots: Slots) -> Pages:

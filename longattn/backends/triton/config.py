@@ -6,6 +6,7 @@ compiled for their architectures (`make compile-gpu`); none is tuned by measurem
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -37,16 +38,20 @@ _HALF: dict[int, dict[int, Kernels]] = {
         64: Kernels(Tiles(128, 64, 8, 3), Tiles(32, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 1)),
         128: Kernels(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1)),
         256: Kernels(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-        512: Kernels(Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        512: Kernels(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     90: {
         64: Kernels(Tiles(128, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 1)),
         128: Kernels(Tiles(128, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 1)),
         256: Kernels(Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1)),
-        512: Kernels(Tiles(64, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        512: Kernels(Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1)),
     },
 }
-_HALF[100] = {**_HALF[90], 128: _HALF[90][128]._replace(forward=Tiles(128, 64, 8, 3))}
+_HALF[100] = {
+    **_HALF[90],
+    128: _HALF[90][128]._replace(forward=Tiles(128, 64, 8, 3)),
+    512: _HALF[90][512]._replace(key_gradient=Tiles(16, 16, 8, 1)),
+}
 
 # For want of registers where scores are more than products, weights are dropped, or addresses are computed that the
 # hardware else would; wider heads as above.
@@ -116,11 +121,17 @@ def kernels(problem: Problem, architecture: int, described: bool) -> Kernels:
     width = max(64, padded(max(problem.head_dim, problem.v_head_dim)))
     if problem.dtype == torch.float32:
         return _FLOAT[width]
-    known = max(known for known in ARCHITECTURES if known <= max(architecture, ARCHITECTURES[0]))
+    known = _known(architecture)
     computes_addresses = known >= 90 and not described
-    if width in _SCORED[known] and (computes_addresses or _SCORING & set(problem.features)):
+    if width in _SCORED[known] and (computes_addresses or not _SCORING.isdisjoint(problem.features)):
         return _SCORED[known][width]
     return _HALF[known][width]
+
+
+@functools.cache
+def _known(architecture: int) -> int:
+    """It, or the next older one that has a table."""
+    return max(known for known in ARCHITECTURES if known <= max(architecture, ARCHITECTURES[0]))
 
 
 def decode_tiles(problem: Problem, dtype: torch.dtype) -> Tiles:
@@ -135,7 +146,7 @@ def decode_tiles(problem: Problem, dtype: torch.dtype) -> Tiles:
 def is_decode(problem: Problem) -> bool:
     """Whether a call without a cache has too few queries to fill a tile of the forward, or a GPU."""
     rows = problem.nq * problem.group
-    return rows <= _DECODE_ROWS and not _NOT_IN_SPLITS & set(problem.features)
+    return rows <= _DECODE_ROWS and _NOT_IN_SPLITS.isdisjoint(problem.features)
 
 
 def product_dtype(problem: Problem) -> torch.dtype:

@@ -54,7 +54,7 @@ def attend_kernel(
 ):  # fmt: skip
     """Fill out and lse [B, Hq, Nq]; or, if there are splits, partial [splits, B, Hq, Nq, DV] and lse [splits, B, ...].
 
-    far_rows: q rotated for the keys below mask.sinks, where positions are those in the cache; else None.
+    far_rows: q rotated for the keys below mask.sinks, where positions are those in the cache.
     """
     pid = tl.program_id(0)
     split = pid % splits
@@ -94,7 +94,7 @@ def attend_kernel(
     column = tl.arange(0, D)
     q = tl.load(places + column[None, :], mask=inside[:, None] & (column < WIDTH)[None, :], other=0.0).to(COMPUTE)
     far = None
-    if far_rows is not None:
+    if far_rows.ptr is not None:
         places = far_rows.ptr + tl.cast(b, tl.int64) * far_rows.batch
         places += (head.to(tl.int64) * far_rows.head + i.to(tl.int64) * far_rows.token)[:, None]
         far = tl.load(places + column[None, :], mask=inside[:, None] & (column < WIDTH)[None, :], other=0.0)
@@ -115,13 +115,13 @@ def attend_kernel(
         shown = near_or_sink(mask, lowest, j, j < keys)  # by some query: what nobody sees may hold anything
         page, slot = place_of(pages, b, j, shown)
         place = j
-        if far_rows is not None:
+        if far_rows.ptr is not None:
             place = j - shift
             if mask.sinks is not None:
                 place = tl.where(j < mask.sinks, j, place)
         k = _load_keys(rows_at(pages.k, page, h, slot), tables, place, b, shown, WIDTH, D, PAIRS, INTERLEAVED, COMPUTE)
         products = product(q, tl.trans(k), None, PRECISION)  # [M, D] @ [D, N]
-        if far_rows is not None:
+        if far_rows.ptr is not None:
             if mask.sinks is not None:
                 products = tl.where((j < mask.sinks)[None, :], product(far, tl.trans(k), None, PRECISION), products)
         if pages.k_scales is not None:

@@ -11,11 +11,15 @@ from longattn.backends.triton.config import LONGEST_TILE
 from longattn.mask import Mask
 from longattn.problem import Problem
 
+_SCORED = frozenset({"softcap", "bias", "alibi_slopes"})
 _UNBOUNDED = 1 << 30  # a window side that no position reaches the end of
 
 
 class Rows(NamedTuple):
-    """A tensor [B, H, N, D] with unit stride in D: its address, and strides in elements."""
+    """A tensor [B, H, N, D] with unit stride in D: its address, and strides in elements. Of none, Nones.
+
+    (Triton 3.6 cannot ask a tuple that holds None whether it is None.)
+    """
 
     ptr: Any
     batch: Any
@@ -24,7 +28,9 @@ class Rows(NamedTuple):
     wide: Any  # not None: offsets within a tile may exceed 32 bits
 
     @classmethod
-    def of(cls, x: Tensor) -> Rows:
+    def of(cls, x: Tensor | None) -> Rows:
+        if x is None:
+            return cls(None, None, None, None, None)
         batch, head, token, _ = x.stride()
         return cls(x, batch, head, token, 1 if token * LONGEST_TILE >= 2**31 else None)
 
@@ -47,26 +53,22 @@ class Visibility(NamedTuple):
     sinks: Any
     shift: Any
     from_end: Any  # 0 or 1
-    offset: Any  # int32 [B]: in place of shift
-    key_mask: Any  # uint8 [B, Nk]
-    lo: Any  # int32 [Nq] or [B, Nq]
-    hi: Any
-    bounds_batch: Any  # stride of lo and hi
+    offset: Any = None  # int32 [B]: in place of shift
+    key_mask: Any = None  # uint8 [B, Nk]
+    lo: Any = None  # int32 [Nq] or [B, Nq]
+    hi: Any = None
+    bounds_batch: Any = 0  # stride of lo and hi
 
     @classmethod
-    def of(cls, mask: Mask) -> Visibility:
-        """Of a mask alone."""
+    def of(cls, mask: Mask, *beside: Any) -> Visibility:
+        """Of a mask, and what stands beside it: offset and all that follow."""
         return cls(
-            left=None if mask.left is None else min(mask.left, _UNBOUNDED),
-            right=None if mask.right is None else min(mask.right, _UNBOUNDED),
-            sinks=min(mask.sinks, _UNBOUNDED) if mask.sinks else None,
-            shift=mask.offset,
-            from_end=int(mask.from_end),
-            offset=None,
-            key_mask=None,
-            lo=None,
-            hi=None,
-            bounds_batch=0,
+            None if mask.left is None else min(mask.left, _UNBOUNDED),
+            None if mask.right is None else min(mask.right, _UNBOUNDED),
+            min(mask.sinks, _UNBOUNDED) if mask.sinks else None,
+            mask.offset,
+            int(mask.from_end),
+            *beside,
         )
 
 
@@ -99,9 +101,14 @@ class ScoreTerms(NamedTuple):
 class Dropout(NamedTuple):
     """An entry is dropped if its 32 random bits are below the threshold; what is kept is scaled up."""
 
-    seed: Any  # int64 [1], or None: no dropout
-    threshold: Any
-    scale: Any
+    seed: Any = None  # int64 [1], or None: no dropout
+    threshold: Any = None
+    scale: Any = None
+    sequence: Any = None  # problem.Origin, from which counters count; None: the call's own first
+    head: Any = None
+    query: Any = None
+    key: Any = None
+    uneven: Any = None  # not None: key is no multiple of 4, which is how many numbers a counter gives
 
 
 class Pages(NamedTuple):
@@ -155,7 +162,7 @@ def float32(x: Tensor | None) -> Tensor | None:
 
 def plain_scores(problem: Problem) -> bool:
     """Whether scores are products times a positive scale, which the exponential then takes on for nothing."""
-    return problem.scale > 0 and not {"softcap", "bias", "alibi_slopes"} & set(problem.features)
+    return problem.scale > 0 and _SCORED.isdisjoint(problem.features)
 
 
 def precision(problem: Problem, interpreted: bool) -> str:

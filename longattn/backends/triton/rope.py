@@ -79,13 +79,13 @@ def rope_kernel(
     PAIRS: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
     T: tl.constexpr, H: tl.constexpr, P: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Fill out [B, heads, n, WIDTH] with x, its first 2 * PAIRS entries turned; and the same for y, unless it is None.
+    """Fill out [B, heads, n, WIDTH] with x, its first 2 * PAIRS entries turned; and, if there is one, y_out with y.
 
     Out may be x itself. T tokens, H heads, P pairs (PAIRS padded to a power of two), REST: entries that do not turn,
     padded; 0 where there are none, or where they stand already.
     """
     pid = tl.program_id(0)
-    if y_rows is None:
+    if y_rows.ptr is None:
         _turn(
             x_rows, out_rows, inv_freq, positions, positions_batch, n, heads, factor, pid,
             PAIRS, WIDTH, INTERLEAVED, INVERSE, T, H, P, REST,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -54,14 +55,14 @@ def attend(
     tables = Tables() if tables is None else tables
     row_tiles = math.ceil(problem.nq * problem.group / tiles.m)
     programs = problem.batch * problem.kv_heads * row_tiles
-    splits = split_count(problem, programs, tiles.n)
+    splits = split_count(problem, programs, tiles.n, _multiprocessors(out.device))
     partial, log_sums = None, lse
     if splits > 1:
         shape = (splits, problem.batch, problem.q_heads, problem.nq)
         partial = torch.empty(*shape, padded(problem.v_head_dim), dtype=torch.float32, device=out.device)
         log_sums = torch.empty(shape, dtype=torch.float32, device=out.device)
     launch.launch(
-        attend_kernel, programs * splits, Rows.of(q), None if far is None else Rows.of(far), pages, Rows.of(out),
+        attend_kernel, programs * splits, Rows.of(q), Rows.of(far), pages, Rows.of(out),
         log_sums, partial, float32(sink_logits), lengths, mask, terms, tables, problem.kv_heads, problem.group,
         problem.nq, row_tiles, splits,
         WIDTH=problem.head_dim, V_WIDTH=problem.v_head_dim, D=padded(problem.head_dim), DV=padded(problem.v_head_dim),
@@ -77,17 +78,18 @@ def attend(
         )  # fmt: skip
 
 
-def split_count(problem: Problem, programs: int, keys: int) -> int:
+def split_count(problem: Problem, programs: int, keys: int, multiprocessors: int) -> int:
     """Programs for each tile of rows: enough to fill the GPU twice, none with less than a few tiles of keys."""
     longest = problem.nk
     if problem.mask.left is not None:
         longest = min(longest, problem.mask.left + problem.nq + problem.mask.sinks)
-    wanted = 2 * _multiprocessors() // max(1, programs)
+    wanted = 2 * multiprocessors // max(1, programs)
     return max(1, min(wanted, longest // (config.LEAST_TILES * keys), config.MOST_SPLITS))
 
 
-def _multiprocessors() -> int:
-    """Of the current GPU; those of an H200 where there is none."""
-    if not torch.cuda.is_available():
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU; those of an H200 for what is none."""
+    if device.type != "cuda":
         return _MULTIPROCESSORS
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from longattn.errors import InvalidInput, Unsupported
 from longattn.functional import attention
 from longattn.inspect import attention_rows
+from longattn.integrations.huggingface.methods import attend, methods_of
 from longattn.integrations.huggingface.visibility import Visibility, keywords
 from longattn.redirection import on_shards, token_places
 
@@ -71,10 +72,16 @@ def attention_forward(
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         call["bounds"] = _within_sequences(cu_seq_lens_q, cu_seq_lens_k, query, call)
     call |= {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
+    methods = methods_of(module)
+    wants_weights = output_attentions or _weights_are_captured()
+    if methods:
+        if wants_weights:
+            raise Unsupported("output_attentions", {"every backend": ["a method of config.longattn changes them"]})
+        return attend(module, methods, query, key, value, {**call, "dropout_p": dropout}).transpose(1, 2), None
     out = attention(query, key, value, dropout_p=dropout, **call)
     assert isinstance(out, Tensor)
     weights = None
-    if output_attentions or _weights_are_captured():
+    if wants_weights:
         weights = attention_rows(query, key, range(query.shape[2]), **call).to(query.dtype)
     return out.transpose(1, 2), weights
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from longattn.errors import InvalidInput
-from longattn.integrations.huggingface.options import require, require_style
+from longattn.integrations.huggingface.options import require, require_no_methods, require_style
 from longattn.integrations.huggingface.weights import Names, Weight
 from longattn.models import Encoder, MaskedLM, SequenceClassifier, TransformerConfig
 
@@ -66,6 +66,7 @@ def config_to_hf(config: TransformerConfig) -> PreTrainedConfig:
     from transformers import BertConfig
 
     require_style(config, "bert", ("norm_eps", "tie_embeddings"))
+    require_no_methods(config)
     if (
         config.kv_heads != config.heads
         or config.head_dim * config.heads != config.dim

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import reduce
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,13 +18,22 @@ from torch import Tensor, nn
 
 from longattn.errors import InvalidInput
 from longattn.integrations.huggingface import bert, gpt2, llama
+from longattn.integrations.huggingface.methods import listed_methods
 from longattn.integrations.huggingface.weights import to_ours, to_theirs, without_derived
-from longattn.models import Decoder, Encoder, MaskedLM, SequenceClassifier, TokenClassifier, TransformerConfig
+from longattn.models import (
+    Decoder,
+    Encoder,
+    MaskedLM,
+    SequenceClassifier,
+    TokenClassifier,
+    TransformerConfig,
+    extended_config,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["config_from_hf", "config_to_hf", "from_hf", "load_pretrained", "to_hf"]
+__all__ = ["config_from_hf", "config_to_hf", "from_hf", "load_into", "load_pretrained", "to_hf"]
 
 _INDEX = "model.safetensors.index.json"
 
@@ -137,6 +147,23 @@ def to_hf(model: nn.Module) -> PreTrainedModel:
     return theirs.eval()
 
 
+def load_into(theirs: PreTrainedModel, model: nn.Module) -> None:
+    """Copy our model's weights into a transformers model that is its counterpart.
+
+    Raises:
+        InvalidInput: weights of other names or shapes.
+    """
+    kind = _KINDS[_architecture(model)]
+    state = to_theirs(kind.family.names(model), model.state_dict())
+    derived = kind.family.derived(model)
+    state |= {name: state[original] for name, original in derived.items() if original in state}
+    try:
+        theirs.load_state_dict({name: weight.detach().clone() for name, weight in state.items()})
+    except RuntimeError as error:
+        raise InvalidInput("model", f"the weights of a {type(theirs).__name__}", str(error)) from error
+    theirs.tie_weights()
+
+
 def config_from_hf(config: PreTrainedConfig) -> TransformerConfig:
     """Our config of a Llama, Mistral, GPT-2 or BERT config.
 
@@ -145,7 +172,8 @@ def config_from_hf(config: PreTrainedConfig) -> TransformerConfig:
     """
     if config.model_type not in _FAMILIES:
         raise InvalidInput("config", f"model_type {' or '.join(_FAMILIES)}", config.model_type)
-    return _FAMILIES[config.model_type].config_from_hf(config)
+    ours = _FAMILIES[config.model_type].config_from_hf(config)
+    return reduce(extended_config, listed_methods(config), ours)
 
 
 def config_to_hf(config: TransformerConfig) -> PreTrainedConfig:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from longattn.errors import InvalidInput
-from longattn.integrations.huggingface.options import require, require_style
+from longattn.integrations.huggingface.options import require, require_no_methods, require_style
 from longattn.integrations.huggingface.weights import Names, Weight
 from longattn.models import TransformerConfig
 
@@ -63,6 +63,7 @@ def config_to_hf(config: TransformerConfig) -> PreTrainedConfig:
     from transformers import GPT2Config
 
     require_style(config, "gpt2", ("feed_forward", "norm_eps", "tie_embeddings"))
+    require_no_methods(config)
     activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
     if config.feed_forward not in activations:
         raise InvalidInput("config", f"feed_forward {' or '.join(activations)}", repr(config.feed_forward))

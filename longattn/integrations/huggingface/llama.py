@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from longattn.errors import InvalidInput
-from longattn.integrations.huggingface.options import require, require_style
+from longattn.integrations.huggingface.options import require, require_no_methods, require_style
+from longattn.integrations.huggingface.rotation import rope_parameters, without_ntk
 from longattn.integrations.huggingface.weights import Names, Weight
 from longattn.models import TransformerConfig
 from longattn.rope import Rope
-from longattn.scaling import NTK, DynamicNTK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -78,9 +78,12 @@ def config_to_hf(config: TransformerConfig) -> PreTrainedConfig:
     if config.dropout:
         raise InvalidInput("config", "dropout 0 (attention_dropout may be more)", config.dropout)
     sliding = {config.is_sliding(layer) for layer in range(config.layers)}
+    require_no_methods(config)
     if len(sliding) > 1 or config.sinks:
         got = f"pattern {config.pattern!r} with {config.sinks} sinks"
         raise InvalidInput("config", "all layers full or all sliding, without sinks", got)
+    rope = config.rope
+    assert rope is not None
     shape: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
@@ -93,11 +96,11 @@ def config_to_hf(config: TransformerConfig) -> PreTrainedConfig:
         "rms_norm_eps": config.norm_eps,
         "attention_dropout": config.attention_dropout,
         "tie_word_embeddings": config.tie_embeddings,
-        "rope_parameters": _rope_parameters(config),
+        "rope_parameters": rope_parameters(rope, config.max_length),
     }
     made = MistralConfig(**shape, sliding_window=config.window) if True in sliding else LlamaConfig(**shape)
-    if Rope.from_hf(made) != _rotation(config):
-        raise InvalidInput("config", "a rotation that Hugging Face's models have", config.rope)
+    if Rope.from_hf(made) != without_ntk(rope):
+        raise InvalidInput("config", "a rotation that Hugging Face's models have", rope)
     return made
 
 
@@ -121,27 +124,3 @@ def derived(model: Any) -> Mapping[str, str]:
 def normalised(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Without the rotation's frequencies, which old checkpoints hold."""
     return {name: weight for name, weight in state.items() if not name.endswith("rotary_emb.inv_freq")}
-
-
-def _rope_parameters(config: TransformerConfig) -> dict[str, Any]:
-    rope = _rotation(config)
-    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.base}
-    if rope.scaling is None:
-        return parameters
-    values = rope.scaling.to_dict()
-    parameters["rope_type"] = values.pop("type")
-    if isinstance(rope.scaling, DynamicNTK) and rope.scaling.original_max_position != config.max_length:
-        raise InvalidInput(
-            "config", f"max_length {rope.scaling.original_max_position} as its DynamicNTK", config.max_length
-        )
-    theirs = {"original_max_position": "original_max_position_embeddings", "proportion": "partial_rotary_factor"}
-    return parameters | {theirs.get(name, name): value for name, value in values.items() if value is not None}
-
-
-def _rotation(config: TransformerConfig) -> Rope:
-    """Without NTK scaling, which is another base, and Hugging Face has no name for it."""
-    rope = config.rope
-    assert rope is not None
-    if not isinstance(rope.scaling, NTK):
-        return rope
-    return Rope(rope.dim, rope.base * rope.scaling.factor ** (rope.dim / (rope.dim - 2)), None, rope.interleaved)

@@ -12,7 +12,7 @@ from longattn.models import STYLES, TransformerConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["require", "require_style"]
+__all__ = ["require", "require_no_methods", "require_style"]
 
 _STRUCTURE = (
     "architecture",
@@ -42,3 +42,13 @@ def require_style(config: TransformerConfig, style: str, free: Sequence[str] = (
         expected = STYLES[style].get(name, defaults[name])
         if name not in free and getattr(config, name) != expected:
             raise InvalidInput("config", f"{name} {expected!r}, as the style {style!r}", repr(getattr(config, name)))
+
+
+def require_no_methods(config: TransformerConfig) -> None:
+    """Raise InvalidInput for layers that a Hugging Face model has only with attn_implementation="longattn".
+
+    `longattn.integrations.extend` gives it them: a folder that every implementation reads must not be wrong in others.
+    """
+    if config.methods or "N" in config.pattern:
+        got = f"methods {list(config.methods)} and pattern {config.pattern!r}"
+        raise InvalidInput("config", "no methods and no layer N (extend the Hugging Face model)", got)

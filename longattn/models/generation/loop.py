@@ -34,7 +34,8 @@ class GenerationConfig:
         stop_tokens: ids that end the text; they are the last of the tokens, and left out of the text.
         draft_tokens: with a draft model, how many tokens it guesses at a time.
         cache_dtype: of the caches, as in `longattn.KVCache`; the weights' by default.
-        positions: of the rings of sliding layers, "original" or "cache", as in `longattn.SlidingKVCache`.
+        positions: of the rings of sliding layers, "original" or "cache", as in `longattn.SlidingKVCache`; by default as
+            the model's config has them.
 
     Raises:
         InvalidInput: a value out of range.
@@ -46,7 +47,7 @@ class GenerationConfig:
     stop_tokens: Sequence[int] = ()
     draft_tokens: int = 4
     cache_dtype: torch.dtype | None = None
-    positions: str = "original"
+    positions: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None:

@@ -27,7 +27,7 @@ def make_caches(
     batch: int,
     tokens: int,
     *,
-    positions: str = "original",
+    positions: str | None = None,
     spare: int = 0,
     page_size: int = _PAGE_SIZE,
     dtype: torch.dtype | None = None,
@@ -38,7 +38,8 @@ def make_caches(
         model: whose layers.
         batch: sequences.
         tokens: room in the full layers for so many of all sequences together; what sequences share counts once.
-        positions, spare: of the rings, as in `longattn.SlidingKVCache`.
+        positions, spare: of the rings, as in `longattn.SlidingKVCache`; positions by default as the model's config has
+            them.
         page_size: tokens of a page.
         dtype: of the caches; the weights' by default.
 
@@ -46,6 +47,7 @@ def make_caches(
         InvalidInput: as the caches; or positions in the cache of a model that rotates nothing.
     """
     config, weight = model.config, model.output_weight
+    positions = config.window_positions if positions is None else positions
     if positions == "cache" and config.rope is None:
         raise InvalidInput("positions", f"'original' with positions {config.positions!r} of the model", positions)
     shared: dict[str, Any] = {"dtype": weight.dtype if dtype is None else dtype, "device": weight.device}

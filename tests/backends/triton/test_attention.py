@@ -11,12 +11,12 @@ from torch import Tensor
 
 import longattn
 from helpers import check_attention, check_varlen, laid_out, random_packed, random_qkv, run
-from longattn import Rope, Unsupported, scaling
+from longattn import Rope, Unsupported, arguments, ops, scaling
 from longattn.backends import registry
 from longattn.backends.philox import uniform_bits
 from longattn.backends.triton import architecture, attention, config
 from longattn.backends.triton.config import Kernels, Tiles
-from longattn.problem import Problem
+from longattn.problem import Origin, Problem, present_features
 from tolerances import assert_within_budget
 
 SMALL = Kernels(*[Tiles(16, 16, 4, 1)] * 4)
@@ -66,6 +66,9 @@ FEATURES: dict[str, Any] = {
         "dropout_p": 0.2, "seed": 3, "rope": Rope(10), "causal": True, "window": 9, "sinks": 2,
     },
 }  # fmt: skip
+KEYWORDS = {
+    name: value for name, value in longattn.attention.__kwdefaults__.items() if name not in ("return_lse", "backend")
+}
 KV_HEADS = (2, 1)
 WIDTHS = ((16, 16), (10, 7), (5, 20))
 
@@ -153,6 +156,23 @@ def test_dropped_entries_are_those_of_every_backend() -> None:
     assert torch.equal(out > 0, kept)
 
 
+@pytest.mark.parametrize("key", [8, 5])
+def test_a_block_drops_the_entries_of_the_whole(key: int) -> None:
+    origin = Origin(3, 1, 7, key)
+    tensors, problem = arguments.dense(
+        *random_qkv(B, (HQ, 1), (NQ, NK), 16), **(KEYWORDS | {"dropout_p": 0.4, "seed": 5, "causal": True})
+    )
+    problem = problem._replace(origin=origin, features=present_features(tensors, 0.0, 0.4, origin))
+    found = {}
+    for backend in ("triton", "reference"):
+        out, lse = ops.attention(tensors, problem, backend)
+        dout = torch.linspace(-1, 1, out.numel()).view_as(out)
+        call = tensors, problem, backend, out, lse, dout, None, [True] * 3 + [False] * 3
+        found[backend] = out, lse, *ops.attention_backward(*call)[:3]
+    for got, exact in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(got, exact)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope(interleaved: bool) -> None:
     rope = Rope(10, scaling=scaling.YaRN(4.0, 16), interleaved=interleaved)
@@ -173,8 +193,8 @@ def test_descriptors(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What tensor cores of 9.0 on read by descriptor, as far as the interpreter goes; and what no descriptor fits."""
     monkeypatch.setattr(config, "uses_descriptors", lambda problem, architecture: True)
     made = []
-    descriptor = attention.TensorDescriptor
-    monkeypatch.setattr(attention, "TensorDescriptor", lambda *args: made.append(args[3]) or descriptor(*args))
+    descriptor = attention._Descriptor
+    monkeypatch.setattr(attention, "_Descriptor", lambda *args: made.append(args[3]) or descriptor(*args))
     call = FEATURES[feature]()
     check_attention(*random_qkv(B, (HQ, 1), (NQ, 70), (16, 12), torch.float16), backend="triton", **call)
     assert made == [[1, 1, 16, 16]] * 6  # of k, v, then of q, dout, k, v

@@ -10,7 +10,7 @@ import torch
 import longattn
 from cache_model import KINDS, SINKS, WINDOW, Model, Stream, make_cache
 from helpers import drawn, laid_out
-from longattn import InvalidInput, KVCache, PagedKVCache, Rope, Unsupported, attention_with_cache
+from longattn import InvalidInput, KVCache, PagedKVCache, Rope, Unsupported, attention_with_cache, ops
 from longattn.backends.triton import config, splits
 from longattn.backends.triton.config import Tiles
 from longattn.mask import Mask
@@ -170,12 +170,34 @@ def test_unwritten_memory_and_layouts() -> None:
             steps.step(new, layout=lambda x: laid_out(x, "bnhd"))
 
 
+@pytest.mark.parametrize("kind", ["contiguous", "sliding"])
+def test_a_call_serves_the_steps_after_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph replays: a step changes tensors alone, and nk is but the most that their lengths may say."""
+    options = {"capacity": 64} if kind == "contiguous" else {}
+    caches = [make_cache(kind, 2, 1, (20, 12), torch.float32, **options) for _ in range(2)]
+    calls: list[Any] = []
+    run = ops.attention_with_cache
+    monkeypatch.setattr(ops, "attention_with_cache", lambda *call: calls.append(call) or run(*call))
+    for new in (17, 1):
+        q, k, v = torch.randn(2, 3, new, 20), torch.randn(2, 1, new, 20), torch.randn(2, 1, new, 12)
+        for cache in caches:
+            attention_with_cache(q, k, v, cache, rope=Rope(20), backend="triton")
+    tensors, slots, problem, backend = calls[-2]
+    for _ in range(3):
+        step = [torch.randn_like(x) for x in tensors[:3]]
+        for x, new in zip(tensors[:3], step, strict=True):
+            x.copy_(new)
+        tensors.key_lens.add_(1)
+        out, _ = run(tensors, slots, problem._replace(nk=64), backend)
+        torch.testing.assert_close(out, attention_with_cache(*step, caches[1], rope=Rope(20), backend="triton"))
+
+
 def test_splits_fill_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.randn(1, 3, 1, 20), torch.randn(1, 1, 300, 20), torch.randn(1, 1, 300, 12)
     cache = KVCache(1, 1, 20, v_head_dim=12)
     cache.append(k, v)
     found = []
-    assert splits.split_count(Problem(1, 3, 1, 1, 300, 20, 12, q.dtype, "cpu", Mask(), 1.0), 1, 16) == 18
+    assert splits.split_count(Problem(1, 3, 1, 1, 300, 20, 12, q.dtype, "cpu", Mask(), 1.0), 1, 16, 132) == 18
     for most in (128, 7, 1):
         monkeypatch.setattr(config, "MOST_SPLITS", most)
         found.append(attention_with_cache(q, None, None, cache, backend="triton"))

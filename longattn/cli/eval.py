@@ -1,0 +1,200 @@
+"""`longattn eval`: how a language model reads long texts, by position, by length, and by what it finds in them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from longattn._version import __version__
+from longattn.cli import eval_report as report
+from longattn.cli.language_model import LanguageModel, load_language_model, trained_length
+from longattn.cli.methods import chosen_methods, method_options
+from longattn.errors import InvalidInput
+from longattn.evaluation import TASKS, Cell, Evaluation, Plan, Results, make_reader
+from longattn.integrations import extend
+
+__all__ = ["evaluate", "read_text", "token_counts"]
+
+_PIECE = 1 << 20  # characters of text that are encoded at once
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@click.command(name="eval", context_settings={"show_default": True})
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.option("--lengths", required=True, help="Tokens, such as 8k,16k,32768.")
+@click.option("--tasks", default="loss,passkey,speed", help=f"Of {', '.join(TASKS)}; or all.")
+@click.option("--text", "texts", type=click.Path(exists=True, path_type=Path), multiple=True, help="Repeatable.")
+@click.option(
+    "--out", default="eval-results", type=click.Path(file_okay=False, path_type=Path), help="Folder to write."
+)
+@click.option("--resume", is_flag=True, help="Go on with what --out lacks; all else as it was started.")
+@click.option("--windows", default=1, help="Of text, for loss; strides of it, for perplexity.")
+@click.option("--stride", default=256, help="Tokens that perplexity counts of each window, its last ones.")
+@click.option("--bucket", default=256, help="Tokens that a loss by position is the mean of.")
+@click.option("--depths", default=5, help="Where passkeys stand, evenly from the start to the end.")
+@click.option("--trials", default=1, help="Questions of each kind, length and depth.")
+@click.option("--gguf", help="The file in the folder, where there are several.")
+@click.option("--dtype", type=click.Choice(_DTYPES), default="float32", help="Of weights and caches.")
+@click.option("--device", default="cpu", help="Where to run.")
+@click.option("--seed", default=0, help="Of the questions.")
+@method_options
+def evaluate(
+    model: Path,
+    lengths: str,
+    tasks: str,
+    texts: tuple[Path, ...],
+    out: Path,
+    resume: bool,
+    windows: int,
+    stride: int,
+    bucket: int,
+    depths: int,
+    trials: int,
+    gguf: str | None,
+    dtype: str,
+    device: str,
+    seed: int,
+    **options: Any,
+) -> None:
+    """Measure how MODEL reads long texts; results.json, report.md and pictures go to --out.
+
+    MODEL is a checkpoint of `longattn train` or `longattn extend`, a folder of a Hugging Face model with its tokenizer,
+    or a folder with a GGUF file. With --method it is first extended, as `longattn extend` would, and nothing is saved.
+
+    Every reading is kept as soon as it is done: what was interrupted goes on with --resume.
+    """
+    console = Console(highlight=False, markup=False)
+    plan = Plan(
+        tasks=TASKS if tasks == "all" else tuple(task.strip() for task in tasks.split(",")),
+        lengths=token_counts("--lengths", lengths),
+        windows=windows,
+        stride=stride,
+        bucket=bucket,
+        depths=depths,
+        trials=trials,
+        seed=seed,
+    )
+    place = out / "results.json"
+    if place.exists() != resume:
+        expected = "an evaluation to resume" if resume else "a new folder, or --resume beside it"
+        raise InvalidInput("--out", expected, out)
+    loaded = load_language_model(model, gguf=gguf, dtype=getattr(torch, dtype), device=device)
+    methods = chosen_methods(loaded.model, **options)
+    reads: Any = reduce(extend, methods, loaded.model)
+    text = read_text(texts, loaded, plan.text_tokens) if texts else None
+    settings = {
+        "model": str(model),
+        "config": _digest(reads.config.to_dict()),
+        "trained": trained_length(loaded.model),
+        "methods": [method.to_dict() for method in methods],
+        "dtype": dtype,
+        "text": None if text is None else hashlib.sha256(text[: plan.text_tokens].numpy().tobytes()).hexdigest()[:16],
+        "plan": asdict(plan) | {"tasks": list(plan.tasks), "lengths": list(plan.lengths)},
+    }
+    evaluation = Evaluation(
+        make_reader(reads),
+        plan,
+        encode=loaded.encode,
+        decode=loaded.decode,
+        prefix=loaded.prefix,
+        text=text,
+        device=device,
+    )
+    machine = {"platform": platform.platform(), "threads": torch.get_num_threads(), "device": device}
+    machine |= {"torch": torch.__version__, "longattn": __version__}
+    results = Results({**settings, "machine": machine})
+    if resume:
+        results = Results.load(place)
+        for name, value in settings.items():
+            if results.settings.get(name) != value:
+                raise InvalidInput(f"--resume: {name}", repr(results.settings.get(name)), repr(value))
+    out.mkdir(parents=True, exist_ok=True)
+    _run(evaluation, results, place, console)
+    (out / "report.md").write_text(report.markdown(results), encoding="utf-8")
+    console.print(report.markdown(results))
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("No pictures: matplotlib is not installed (pip install longattn[plot]).")
+    else:
+        for picture in report.draw(results, out):
+            console.print(f"Picture: {picture}", soft_wrap=True)
+    console.print(f"Results: {place}", soft_wrap=True)
+
+
+def read_text(paths: Sequence[Path], model: LanguageModel, least: int) -> Tensor:
+    """The token ids of files, and of all files below folders, one after another, int64: at least so many, if there are.
+
+    A text is encoded a megabyte at a time, and no further than it takes.
+    """
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    ids = list(model.prefix)
+    for file in files:
+        if not file.is_file():
+            continue
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            while len(ids) < least and (piece := opened.read(_PIECE)):
+                ids += model.encode(piece)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def token_counts(name: str, text: str) -> tuple[int, ...]:
+    """Of "8k,16k,32768": 8192, 16384 and 32768; m is 1024 k.
+
+    Raises:
+        InvalidInput: anything else.
+    """
+    units = {"k": 1024, "m": 1024**2}
+    try:
+        parts = [part.strip().lower() for part in text.split(",")]
+        found = tuple(int(float(part.rstrip("km")) * units.get(part[-1:], 1)) for part in parts)
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise InvalidInput(name, "numbers of tokens such as 8k,16k,32768", text)
+    return found
+
+
+def _run(evaluation: Evaluation, results: Results, place: Path, console: Console) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True, highlight=False)) as progress:
+        bar = progress.add_task("reading", total=len(evaluation.cells()))
+
+        def show(cell: Cell, number: int, count: int) -> None:
+            progress.update(bar, completed=number, description=f"{cell.task} at {cell.length:,}")
+
+        try:
+            evaluation.run(results, _saver(results, place), show)
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print(f"Interrupted; {len(results.cells)} readings are kept. Go on with --resume.")
+            sys.exit(130)
+        progress.update(bar, completed=len(evaluation.cells()))
+
+
+def _saver(results: Results, place: Path) -> Callable[[], None]:
+    def save() -> None:
+        results.save(place)
+
+    return save
+
+
+def _digest(config: dict[str, Any]) -> str:
+    said = {name: value for name, value in config.items() if name != "_name_or_path"}
+    return hashlib.sha256(repr(sorted(said.items(), key=lambda item: item[0])).encode()).hexdigest()[:16]

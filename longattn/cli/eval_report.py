@@ -1,0 +1,178 @@
+"""What `longattn eval` writes for readers: a page of tables, and pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from longattn.evaluation import RULER_TASKS, Results, summary
+
+__all__ = ["draw", "markdown"]
+
+_ROWS = 16  # of the table of losses by position
+
+
+def markdown(results: Results) -> str:
+    """All tables."""
+    settings, found = results.settings, summary(results)
+    methods = ", ".join(_name(method) for method in settings["methods"]) or "none"
+    machine = settings["machine"]
+    lines = [
+        f"# {settings['model']}",
+        "",
+        f"Trained length {settings['trained']:,} tokens; methods beside the model's own: {methods}; "
+        f"{settings['dtype']}; {machine['threads']} threads, {machine['device']}, torch {machine['torch']}, "
+        f"longattn {machine['longattn']}.",
+    ]
+    if "loss" in found:
+        lines += _section("Loss by position", "Nats per token of the tokens at these positions, each text read once.")
+        lines += _losses(found["loss"], settings["plan"]["bucket"])
+    if "perplexity" in found:
+        count, stride = settings["plan"]["windows"], settings["plan"]["stride"]
+        about = f"Of the same {count * stride:,} tokens, {stride} at a time, at the end of windows of each length."
+        lines += _section("Perplexity by length", about)
+        body = [
+            (_tokens(row["length"]), f"{row['perplexity']:.3f}", f"{row['loss']:.4f}") for row in found["perplexity"]
+        ]
+        lines += _table(("length", "perplexity", "nats per token"), body)
+    if "passkey" in found:
+        lines += _section("Passkey", "Answers that hold the number, by length and by where in the text it stands.")
+        lines += _passkey(found["passkey"])
+    ruler = [task for task in RULER_TASKS if task in found]
+    if ruler:
+        lines += _section("RULER", "The share of the wanted words and numbers that answers hold.")
+        lengths = sorted({row["length"] for task in ruler for row in found[task]})
+        scores = {(task, row["length"]): row["recall"] for task in ruler for row in found[task]}
+        shares = [(_tokens(length), *(_percent(scores.get((task, length))) for task in ruler)) for length in lengths]
+        lines += _table(("length", *ruler), shares)
+    if "speed" in found:
+        lines += _section("Time and memory", "Memory is what reading adds to the weights, at its highest.")
+        lines += _table(
+            ("length", "seconds to read", "tokens/s", "new tokens/s", "peak MB"), map(_cost, found["speed"])
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _section(title: str, about: str) -> list[str]:
+    return ["", f"## {title}", "", about, ""]
+
+
+def _cost(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        _tokens(row["length"]),
+        f"{row['seconds']:.2f}",
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['new_tokens_per_second']:,.1f}",
+        "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}",
+    )
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Write the pictures of what was measured; their places."""
+    found, drawn = summary(results), []
+    for task, name, painter in (
+        ("loss", "loss_by_position.png", _draw_losses),
+        ("passkey", "passkey.png", _draw_passkey),
+        ("speed", "cost.png", _draw_cost),
+    ):
+        if task in found:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+
+            figure = Figure(figsize=(8, 5), layout="constrained")
+            FigureCanvasAgg(figure)
+            painter(figure, found[task], results.settings)
+            figure.savefig(folder / name, dpi=120)
+            drawn.append(folder / name)
+    return drawn
+
+
+def _losses(rows: list[dict[str, Any]], bucket: int) -> list[str]:
+    longest = max(row["length"] for row in rows)
+    width = bucket * max(1, math.ceil(longest / bucket / _ROWS))
+    body = []
+    for start in range(0, longest, width):
+        cells = []
+        for row in rows:
+            part = row["losses"][start // bucket : (start + width) // bucket]
+            sizes = [min(bucket, row["length"] - start - at * bucket) for at in range(len(part))]
+            weighed = sum(loss * size for loss, size in zip(part, sizes, strict=True))
+            cells.append(f"{weighed / sum(sizes):.3f}" if part else "")
+        body.append((f"{start:,}-{min(start + width, longest) - 1:,}", *cells))
+    return _table(("position", *(f"{_tokens(row['length'])} tokens" for row in rows)), body)
+
+
+def _passkey(rows: list[dict[str, Any]]) -> list[str]:
+    depths = sorted({row["depth"] for row in rows})
+    by_place = {(row["length"], row["depth"]): row["recall"] for row in rows}
+    body = []
+    for length in sorted({row["length"] for row in rows}):
+        scores = [by_place[length, depth] for depth in depths]
+        body.append((_tokens(length), *map(_percent, scores), _percent(sum(scores) / len(scores))))
+    return _table(("length", *(f"depth {depth:.0%}" for depth in depths), "mean"), body)
+
+
+def _draw_losses(figure: Any, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    axes, bucket = figure.subplots(), settings["plan"]["bucket"]
+    for row in rows:
+        places = [(at + 0.5) * bucket for at in range(len(row["losses"]))]
+        axes.plot(places, row["losses"], label=f"{_tokens(row['length'])} tokens")
+    axes.axvline(settings["trained"], color="gray", linestyle=":", label="trained length")
+    axes.set(xlabel="position in the text, tokens", ylabel="loss, nats per token", title=_title(settings))
+    axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def _draw_passkey(figure: Any, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    depths, lengths = sorted({row["depth"] for row in rows}), sorted({row["length"] for row in rows})
+    by_place = {(row["length"], row["depth"]): row["recall"] for row in rows}
+    axes = figure.subplots()
+    scores = [[by_place[length, depth] for length in lengths] for depth in depths]
+    picture = axes.imshow(scores, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set(xlabel="length, tokens", ylabel="depth of the passkey", title=_title(settings))
+    for y, line in enumerate(scores):
+        for x, score in enumerate(line):
+            axes.text(x, y, f"{score:.0%}", ha="center", va="center")
+    figure.colorbar(picture, label="answers that hold it")
+
+
+def _draw_cost(figure: Any, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    time, memory = figure.subplots(1, 2)
+    lengths = [row["length"] for row in rows]
+    time.plot(lengths, [row["seconds"] for row in rows], "o-")
+    memory.plot(lengths, [(row["peak_bytes"] or math.nan) / 1e9 for row in rows], "o-")
+    time.set(xlabel="length, tokens", ylabel="seconds to read")
+    memory.set(xlabel="length, tokens", ylabel="peak memory beside the weights, GB")
+    for axes in (time, memory):
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.suptitle(_title(settings))
+
+
+def _title(settings: dict[str, Any]) -> str:
+    methods = ", ".join(_name(method) for method in settings["methods"])
+    return Path(settings["model"]).name + (f", {methods}" if methods else "")
+
+
+def _name(method: dict[str, Any]) -> str:
+    numbers = [value for value in method.values() if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    values = [f"{value:g}" for value in numbers]
+    return method["type"] + (f" ({', '.join(values)})" if values else "")
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *body]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _tokens(count: int) -> str:
+    return f"{count // 1024}k" if count % 1024 == 0 and count >= 1024 else f"{count:,}"
+
+
+def _percent(score: float | None) -> str:
+    return "" if score is None else f"{score:.0%}"

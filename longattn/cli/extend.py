@@ -1,0 +1,249 @@
+"""`longattn extend`: a model that reads further, after a fine-tune if asked for, written as it came."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from longattn.cli.eval import read_text
+from longattn.cli.language_model import LanguageModel, load_language_model, trained_length
+from longattn.cli.methods import chosen_methods, method_options
+from longattn.errors import InvalidInput
+from longattn.evaluation import make_reader, search_longrope
+from longattn.extension import Method
+from longattn.integrations import extend as extend_model
+from longattn.integrations import huggingface
+from longattn.models import Decoder
+from longattn.rope import Rope
+from longattn.scaling import LongRoPE, Scaling
+from longattn.training import (
+    Batches,
+    Checkpoint,
+    Lora,
+    PackedDocuments,
+    SkippedPositions,
+    TokenFile,
+    TrainingConfig,
+    find_files,
+    save_checkpoint,
+    write_token_file,
+)
+from longattn.training import train as run_training
+from longattn.training.loop import PRECISIONS
+
+__all__ = ["extend"]
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A file for a checkpoint, else a folder.")
+@click.option("--gguf", help="The file in the folder, where there are several.")
+@click.option(
+    "--search", type=click.Path(exists=True, path_type=Path), help="Of longrope: a text to search the divisors on."
+)
+@click.option("--search-population", default=16, help="Candidates of a generation of the search.")
+@click.option("--search-generations", default=8, help="Generations of the search, after the first.")
+@click.option("--text", "texts", type=click.Path(exists=True, path_type=Path), multiple=True, help="To fine-tune on.")
+@click.option("--files", "name_pattern", default="*", help="Which names to take below folders, such as '*.txt'.")
+@click.option("--steps", default=200, help="Of the fine-tune.")
+@click.option("--context", type=int, help="Tokens that a document has at most; by default factor x trained length.")
+@click.option("--tokens", type=int, help="Of a step, in packed documents; --context by default.")
+@click.option("--pose", is_flag=True, help="Train windows of the trained length whose positions skip up to --context.")
+@click.option("--batch-size", default=1, help="Windows of a step, with --pose.")
+@click.option("--learning-rate", default=1e-4, help="Peak learning rate.")
+@click.option("--warmup", default=20, help="Steps in which it rises.")
+@click.option("--lora", type=int, help="Train adapters of this rank in place of all weights (needs peft).")
+@click.option("--lora-embeddings", is_flag=True, help="And the token embeddings and norms, as LongLoRA does.")
+@click.option("--recompute", type=int, default=0, help="Keep the input of every n-th block only; 0: keep everything.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="auto", help="Of the matrix products.")
+@click.option("--save-every", default=50, help="Steps between checkpoints of the fine-tune.")
+@click.option("--resume", is_flag=True, help="Go on with a fine-tune that was interrupted; all else as it was started.")
+@click.option("--device", default="cpu", help="Where to train.")
+@click.option("--seed", default=0, help="Of the batches and the search.")
+@method_options
+def extend(
+    model: Path,
+    out: Path,
+    gguf: str | None,
+    search: Path | None,
+    search_population: int,
+    search_generations: int,
+    texts: tuple[Path, ...],
+    name_pattern: str,
+    steps: int,
+    context: int | None,
+    tokens: int | None,
+    pose: bool,
+    batch_size: int,
+    learning_rate: float,
+    warmup: int,
+    lora: int | None,
+    lora_embeddings: bool,
+    recompute: int,
+    precision: str,
+    save_every: int,
+    resume: bool,
+    device: str,
+    seed: int,
+    **options: Any,
+) -> None:
+    """Make MODEL read further by one or more --method, fine-tune it on --text if there is one, and write it to --out.
+
+    MODEL is a checkpoint of `longattn train`, a folder of a Hugging Face model with its tokenizer, or a folder with a
+    GGUF file. What is written is of the same kind; of a GGUF file, a folder of a Hugging Face model.
+    """
+    console = Console(highlight=False, markup=False)
+    if out.exists():
+        raise InvalidInput("--out", "a new file or folder", out)
+    if not options["methods"]:
+        raise InvalidInput("--method", "at least one", "none")
+    loaded = load_language_model(model, gguf=gguf, device=device, keep=True)
+    before: Any = loaded.model
+    if search is not None:
+        options["methods"], searched = _searched(options, search, loaded, search_population, search_generations, seed)
+    else:
+        searched = []
+    methods = [*searched, *chosen_methods(before, **options)]
+    extended: Any = reduce(extend_model, methods, before)
+
+    if texts:
+        if not isinstance(extended, Decoder):
+            raise InvalidInput("--text", "none for a model that longattn.models cannot say", type(before).__name__)
+        trained = trained_length(before) if options["trained"] is None else options["trained"]
+        reach = context or int((options["factor"] or 1.0) * trained)
+        training = out.with_name(out.name + ".training")
+        file = _tokens(training.with_suffix(".tokens"), texts, name_pattern, loaded, extended.config.vocab_size)
+        batches: Batches = PackedDocuments(file, tokens=tokens or reach, longest=reach, seed=seed)
+        if pose:
+            batches = SkippedPositions(file, batch_size=batch_size, length=trained, target=reach, seed=seed)
+        config = TrainingConfig(
+            steps=steps,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            precision=precision,
+            save_every=save_every,
+            recompute=recompute,
+        )
+        adapters = None if lora is None else Lora(rank=lora, alpha=2 * lora, embeddings=lora_embeddings)
+        _fine_tune(extended, batches, config, adapters, training, resume, seed, console)
+    elif resume:
+        raise InvalidInput("--resume", "a fine-tune, by --text", "none")
+    _write(out, loaded, extended, methods, trained=bool(texts))
+    console.print(f"{', '.join(str(method) for method in methods)}; saved to {out}", soft_wrap=True)
+
+
+def _searched(
+    options: dict[str, Any], path: Path, loaded: LanguageModel, population: int, generations: int, seed: int
+) -> tuple[tuple[str, ...], list[Scaling | Method]]:
+    """The other methods by name, and the LongRoPE that a search found, by losses past the trained length."""
+    if "longrope" not in options["methods"] or options["longrope"] is not None:
+        raise InvalidInput("--search", "--method longrope without --longrope", path)
+    factor = options["factor"]
+    if factor is None or not factor > 1:
+        raise InvalidInput("--factor", "a number above 1, to search for", factor)
+    trained = trained_length(loaded.model) if options["trained"] is None else options["trained"]
+    length = int(factor * trained)
+    text = read_text([path], loaded, length + 1)
+    if len(text) < length + 1:
+        raise InvalidInput("--search", f"a text of at least {length + 1:,} tokens", f"{len(text):,} tokens in {path}")
+    model: Any = loaded.model
+    if isinstance(model, Decoder):
+        if model.config.rope is None:
+            raise InvalidInput("MODEL", "one with rotary positions", f"positions {model.config.positions!r}")
+        rope = replace(model.config.rope, scaling=None)
+    else:
+        rope = replace(Rope.from_hf(model.config.get_text_config()), scaling=None)
+    columns = (TextColumn("searching"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        bar = progress.add_task("searching", total=population * (generations + 1), loss=float("nan"))
+
+        def loss(candidate: LongRoPE) -> float:
+            return make_reader(extend_model(model, candidate)).losses(text[: length + 1]).double().mean().item()
+
+        found = search_longrope(
+            loss,
+            rope,
+            factor,
+            trained,
+            population=population,
+            parents=max(2, population // 3),
+            generations=generations,
+            seed=seed,
+            show=lambda done, most, best: progress.update(bar, completed=done, total=most, loss=best),
+        )
+    return tuple(name for name in options["methods"] if name != "longrope"), [found]
+
+
+def _tokens(path: Path, texts: Sequence[Path], name_pattern: str, loaded: LanguageModel, vocab_size: int) -> TokenFile:
+    """The documents of the texts, encoded once."""
+    if path.is_file():
+        return TokenFile(path)
+
+    def documents() -> Iterator[str]:
+        for file in find_files(texts, name_pattern):
+            yield file.read_text(encoding="utf-8", errors="replace")
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_token_file(path, documents(), lambda text: [*loaded.prefix, *loaded.encode(text)], vocab_size)
+
+
+def _fine_tune(
+    model: Decoder,
+    batches: Batches,
+    config: TrainingConfig,
+    adapters: Lora | None,
+    checkpoint: Path,
+    resume: bool,
+    seed: int,
+    console: Console,
+) -> None:
+    """Train in place; what an interrupt leaves is in `checkpoint`, which goes when all is done."""
+    if checkpoint.exists() != resume:
+        expected = "a fine-tune to resume" if resume else "no fine-tune that was begun, or --resume"
+        raise InvalidInput("--resume", expected, checkpoint)
+    torch.manual_seed(seed)
+    merge = None if adapters is None else adapters.attach(model)
+    counted = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    console.print(f"{counted:,} weights train")
+    try:
+        result = run_training(model, batches, config, checkpoint=checkpoint, resume=resume, description="fine-tuning")
+    except KeyboardInterrupt:
+        console.print("Interrupted. Go on with --resume.")
+        sys.exit(130)
+    if merge is not None:
+        merge()
+    if result.losses:
+        took = f"{result.step} steps, {result.tokens:,} tokens, {result.seconds:.0f} s"
+        console.print(f"{took}; loss {result.losses[-1]:.4f}")
+    for left in (checkpoint, checkpoint.with_suffix(".tokens"), checkpoint.with_suffix(".tokens.ends")):
+        left.unlink(missing_ok=True)
+
+
+def _write(
+    out: Path, loaded: LanguageModel, extended: Any, methods: Sequence[Scaling | Method], *, trained: bool
+) -> None:
+    """The model as it came: a checkpoint with its card, or a folder of a Hugging Face model with its tokenizer."""
+    if loaded.tokenizer is None:
+        save_checkpoint(out, Checkpoint(extended.config, extended.state_dict()))
+        if loaded.card is not None:
+            loaded.card.write(out)
+        return
+    theirs: Any = reduce(extend_model, methods, loaded.theirs) if isinstance(extended, Decoder) else extended
+    if trained:
+        assert isinstance(extended, Decoder)
+        huggingface.load_into(theirs, extended.cpu())
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    theirs.save_pretrained(partial)
+    loaded.tokenizer.save_pretrained(partial)
+    partial.rename(out)

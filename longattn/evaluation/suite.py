@@ -1,0 +1,303 @@
+"""The evaluation of a long-context model, in cells that are measured one at a time and kept in a file.
+
+A cell is one reading: a window of text, or a question. An evaluation that was interrupted goes on with the cells that
+are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longattn.errors import InvalidInput
+from longattn.evaluation.cost import PeakMemory
+from longattn.evaluation.reading import Reader, check_memory
+from longattn.evaluation.retrieval import RULER_TASKS, Question, passkey, ruler
+
+__all__ = ["TASKS", "Cell", "Evaluation", "Plan", "Results", "summary"]
+
+TASKS = ("loss", "perplexity", "passkey", *RULER_TASKS, "speed")
+_TEXT_TASKS = ("loss", "perplexity")
+
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Args:
+        tasks: of TASKS. loss: of every token of whole windows, as means of buckets; of the longest length alone, where
+            the others would read the same. perplexity: of the same tokens at every length, `stride` at a time, each
+            read after as much text as makes up the length. passkey, and RULER's tasks: questions. speed: tokens per
+            second and memory.
+        lengths: in tokens.
+        windows: of text, for loss; how many strides, for perplexity.
+        stride: in tokens. bucket: tokens that a loss is the mean of.
+        depths: where the passkey stands, evenly from 0 to 1. trials: questions of each kind, length and depth.
+        seed: of the questions.
+
+    Raises:
+        InvalidInput: a value out of range.
+    """
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    windows: int = 1
+    stride: int = 256
+    bucket: int = 256
+    depths: int = 5
+    trials: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [task for task in self.tasks if task not in TASKS]
+        if unknown or not self.tasks:
+            raise InvalidInput("tasks", f"some of {', '.join(TASKS)}", unknown or "none")
+        if not self.lengths:
+            raise InvalidInput("lengths", "at least one", "none")
+        numbers = {"stride": self.stride, "bucket": self.bucket, "depths": self.depths, "trials": self.trials}
+        lengths = [("lengths", length) for length in self.lengths]
+        for name, value in (*lengths, ("windows", self.windows), *numbers.items()):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidInput(name, "an int >= 1", repr(value))
+        if "perplexity" in self.tasks and min(self.lengths) < self.stride:
+            raise InvalidInput("lengths", f"at least the stride {self.stride}", min(self.lengths))
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of text that it takes."""
+        longest = max(self.lengths)
+        loss = self.windows * longest + 1 if "loss" in self.tasks else 0
+        perplexity = longest + (self.windows - 1) * self.stride + 1 if "perplexity" in self.tasks else 0
+        return max(loss, perplexity)
+
+    def depth(self, number: int) -> float:
+        return 0.5 if self.depths == 1 else number / (self.depths - 1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One reading: number is the window, stride or trial; depth the passkey's."""
+
+    task: str
+    length: int
+    number: int = 0
+    depth: float = 0.0
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@dataclass
+class Results:
+    """What was measured: settings of the model and the plan, and of each cell a dictionary of numbers."""
+
+    settings: dict[str, Any]
+    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def of(self, task: str) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        """A task's cells."""
+        for key, found in self.cells.items():
+            cell = Cell(**json.loads(key))
+            if cell.task == task:
+                yield cell, found
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        cells = [{**json.loads(key), **found} for key, found in self.cells.items()]
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({"settings": self.settings, "cells": cells}, indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """What `save` wrote.
+
+        Raises:
+            InvalidInput: another file.
+        """
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            names = ("task", "length", "number", "depth")
+            cells = {
+                Cell(**{name: cell[name] for name in names}).key: {k: v for k, v in cell.items() if k not in names}
+                for cell in saved["cells"]
+            }
+            return cls(saved["settings"], cells)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvalidInput("results", "a file of an evaluation", f"{path}: {error}") from error
+
+
+class Evaluation:
+    """A model, a text and a plan.
+
+    Args:
+        reader: the model.
+        encode, decode: of its tokenizer, without special tokens.
+        prefix: tokens that every prompt starts with.
+        text: int64 [T], for loss and perplexity.
+        device: whose memory counts.
+
+    Raises:
+        InvalidInput: a text shorter than the plan takes, or lengths that do not fit into memory, by estimate.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        plan: Plan,
+        *,
+        encode: Callable[[str], Sequence[int]],
+        decode: Decode,
+        prefix: Sequence[int] = (),
+        text: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.reader, self.plan = reader, plan
+        self.encode, self.decode, self.prefix = encode, decode, tuple(prefix)
+        self.text = text
+        self.device = torch.device(device)
+        have = 0 if text is None else len(text)
+        if have < plan.text_tokens:
+            expected = f"a text of at least {plan.text_tokens:,} tokens, for these lengths and windows"
+            raise InvalidInput("text", expected, f"{have:,} tokens")
+        longest = max(plan.lengths)
+        check_memory("lengths", longest, reader.bytes_for(longest), device)
+
+    def cells(self) -> list[Cell]:
+        """All that the plan takes, short lengths first."""
+        plan = self.plan
+        found = []
+        for length in sorted(set(plan.lengths)):
+            for task in plan.tasks:
+                if task == "loss":
+                    if length == max(plan.lengths) or self.reader.length_matters:
+                        found += [Cell(task, length, number) for number in range(plan.windows)]
+                elif task == "perplexity":
+                    found += [Cell(task, length, number) for number in range(plan.windows)]
+                elif task == "speed":
+                    found.append(Cell(task, length))
+                else:
+                    depths = range(plan.depths) if task == "passkey" else range(1)
+                    found += [
+                        Cell(task, length, trial, plan.depth(depth) if task == "passkey" else 0.0)
+                        for depth in depths
+                        for trial in range(plan.trials)
+                    ]
+        return found
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """Read what a cell asks for."""
+        if cell.task in _TEXT_TASKS:
+            assert self.text is not None
+            start, stop = self._span(cell)
+            with PeakMemory(self.device) as memory:
+                begun = time.perf_counter()
+                losses = self.reader.losses(self.text[start:stop])
+                seconds = time.perf_counter() - begun
+            cost = {"seconds": seconds, "peak_bytes": memory.bytes}
+            if cell.task == "perplexity":
+                return {"loss": losses[-self.plan.stride :].double().mean().item(), **cost}
+            buckets = losses.double().split(self.plan.bucket)
+            return {"losses": [round(bucket.mean().item(), 5) for bucket in buckets], **cost}
+        if cell.task == "speed":
+            return self._speed(cell.length)
+        question = self._question(cell)
+        begun = time.perf_counter()
+        answer = self.decode(list(self.reader.answer([*self.prefix, *question.prompt], question.new_tokens)))
+        return {
+            "recall": question.recall(answer),
+            "characters": question.characters(answer),
+            "wanted": list(question.answers),
+            "answer": answer,
+            "seconds": time.perf_counter() - begun,
+        }
+
+    def run(
+        self, results: Results, save: Callable[[], None], show: Callable[[Cell, int, int], None] | None = None
+    ) -> None:
+        """Measure what results lack, and save after each cell."""
+        cells = self.cells()
+        for number, cell in enumerate(cells):
+            if show is not None:
+                show(cell, number, len(cells))
+            if cell.key not in results.cells:
+                results.cells[cell.key] = self.measure(cell)
+                save()
+
+    def _span(self, cell: Cell) -> tuple[int, int]:
+        """Where a cell's text starts and ends; the end is a target only."""
+        if cell.task == "loss":
+            start = cell.number * max(self.plan.lengths)
+            return start, start + cell.length + 1
+        stop = max(self.plan.lengths) + cell.number * self.plan.stride
+        return stop - cell.length, stop + 1
+
+    def _question(self, cell: Cell) -> Question:
+        seed = (self.plan.seed, cell.number)
+        room = cell.length - len(self.prefix)
+        if cell.task == "passkey":
+            return passkey(self.encode, room, cell.depth, (cell.length, cell.depth, *seed))
+        return ruler(cell.task, self.encode, room, seed)
+
+    def _speed(self, length: int) -> dict[str, Any]:
+        """Reading a prompt of so many tokens, and then a few more one at a time."""
+        tokens = [*self.prefix, *(self._filler(length))][:length]
+        with PeakMemory(self.device) as memory:
+            times = [time.perf_counter()]
+            for _ in self.reader.answer(tokens, 1 + _DECODED):
+                times.append(time.perf_counter())
+        reading = times[1] - times[0]
+        return {
+            "seconds": reading,
+            "tokens_per_second": length / reading,
+            "new_tokens_per_second": _DECODED / max(times[-1] - times[1], 1e-9),
+            "peak_bytes": memory.bytes,
+        }
+
+    def _filler(self, length: int) -> list[int]:
+        sentence = list(self.encode("The grass is green. "))
+        return sentence * math.ceil(length / len(sentence))
+
+
+_DECODED = 16  # new tokens whose time is taken
+
+
+def summary(results: Results) -> Mapping[str, Any]:
+    """Means over windows and trials: of each task a dictionary by length (and depth)."""
+    found: dict[str, Any] = {}
+    for task in TASKS:
+        rows: dict[Any, list[dict[str, Any]]] = {}
+        for cell, measured in results.of(task):
+            rows.setdefault((cell.length, cell.depth), []).append(measured)
+        if not rows:
+            continue
+        found[task] = [
+            {"length": length, "depth": depth, **_mean(task, many)} for (length, depth), many in sorted(rows.items())
+        ]
+    return found
+
+
+def _mean(task: str, many: list[dict[str, Any]]) -> dict[str, Any]:
+    def mean(name: str) -> float:
+        return sum(one[name] for one in many) / len(many)
+
+    if task == "loss":
+        losses = [sum(at) / len(many) for at in zip(*(one["losses"] for one in many), strict=True)]
+        return {"losses": losses, "windows": len(many)}
+    if task == "perplexity":
+        return {"perplexity": math.exp(mean("loss")), "loss": mean("loss"), "strides": len(many)}
+    if task == "speed":
+        return dict(many[0])
+    return {"recall": mean("recall"), "characters": mean("characters"), "trials": len(many)}

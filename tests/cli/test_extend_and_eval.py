@@ -1,0 +1,230 @@
+"""`longattn extend` and `longattn eval`: what they write, for each kind of model, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from longattn import scaling
+from longattn.cli import main
+from longattn.cli.eval import token_counts
+from longattn.errors import InvalidInput
+from longattn.extension import DualChunk, LogN, SelfExtend
+from longattn.integrations.huggingface import load_pretrained, to_hf
+from longattn.models import Decoder, TransformerConfig
+from longattn.training import Checkpoint, load_model, save_checkpoint
+
+SIZES: dict[str, Any] = {"dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "max_length": 64, "norm_eps": 1e-5}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def done(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"Line number {n} says that it says nothing else.\n" for n in range(200)))
+    return path
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Path:
+    model = Decoder(TransformerConfig(**SIZES))
+    save_checkpoint(tmp_path / "model.safetensors", Checkpoint(model.config, model.state_dict()))
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={chr(n): n for n in range(128)}, merges=[]))
+    made.decoder = tokenizers.decoders.Fuse()
+    path = tmp_path / "hf"
+    to_hf(Decoder(TransformerConfig(**SIZES))).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(path)
+    return path
+
+
+def test_a_checkpoint_of_ours_is_extended_and_measured(ours: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "longer.safetensors"
+    said = done("extend", ours, "--out", out, "--method", "yarn", "--method", "log-n", "--factor", 4)
+    assert "YaRN" in said and "saved to" in said
+    config = load_model(out).config
+    assert config.rope_scaling == scaling.YaRN(4, 64) and config.methods == (LogN(64),)
+
+    results = tmp_path / "results"
+    command = ("eval", out, "--lengths", "256,512", "--text", text, "--out", results, "--bucket", 64, "--depths", 2)
+    said = done(*command, "--tasks", "loss,perplexity,passkey,fwe,speed", "--stride", 32)
+    assert "Loss by position" in said and "passkey.png" in said
+    page = (results / "report.md").read_text()
+    for heading in ("Loss by position", "Perplexity by length", "Passkey", "RULER", "Time and memory"):
+        assert f"## {heading}" in page
+    assert {path.name for path in results.iterdir()} == {
+        "results.json",
+        "report.md",
+        "loss_by_position.png",
+        "passkey.png",
+        "cost.png",
+    }
+    saved = json.loads((results / "results.json").read_text())
+    assert saved["settings"]["trained"] == 64 and saved["settings"]["methods"] == []
+    assert len(saved["cells"]) == 1 + 2 + 2 * 2 + 2 + 2
+
+    saved["cells"] = saved["cells"][:3]
+    (results / "results.json").write_text(json.dumps(saved))
+    done(*command, "--tasks", "loss,perplexity,passkey,fwe,speed", "--stride", 32, "--resume")
+    again = json.loads((results / "results.json").read_text())
+    assert len(again["cells"]) == 11 and again["cells"][:3] == saved["cells"]
+    assert "--resume" in run(*command, "--tasks", "loss").output
+    refused = run(*command, "--tasks", "loss", "--resume")
+    assert refused.exit_code == 1 and "plan" in refused.output
+
+
+def test_methods_of_an_evaluation_are_those_of_an_extension(ours: Path, text: Path, tmp_path: Path) -> None:
+    method = ("--method", "self-extend", "--factor", 4)
+    done("extend", ours, "--out", tmp_path / "longer.safetensors", *method)
+    assert load_model(tmp_path / "longer.safetensors").config.methods == (SelfExtend(5, 16),)
+    means = []
+    for number, model in enumerate(((ours, *method), (tmp_path / "longer.safetensors",))):
+        out = tmp_path / str(number)
+        done("eval", *model, "--lengths", 256, "--tasks", "loss", "--text", text, "--out", out)
+        means.append(json.loads((out / "results.json").read_text())["cells"][0]["losses"])
+    assert means[0] == means[1]
+
+
+@pytest.mark.parametrize("method", ["yarn", "dual-chunk"])
+def test_a_folder_stays_a_folder(method: str, folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "longer"
+    options = (
+        "--method",
+        method,
+        "--factor",
+        4,
+        "--steps",
+        2,
+        "--context",
+        128,
+        "--warmup",
+        0,
+        "--learning-rate",
+        0.01,
+    )
+    done("extend", folder, "--out", out, "--text", text, *options, "--precision", "float32")
+    model, before = load_pretrained(out), load_pretrained(folder)
+    if method == "yarn":
+        assert model.config.rope_scaling == scaling.YaRN(4, 64)
+    else:
+        assert model.config.methods == (DualChunk.of(64),)
+    assert not torch.equal(model.output_weight, before.output_weight)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "longer"}  # no traces of the training
+    results = tmp_path / "results"
+    said = done("eval", out, "--lengths", 200, "--tasks", "loss,speed", "--text", text, "--out", results)
+    assert "new tokens/s" in said
+
+
+def test_fine_tuning_on_skipped_positions_and_resuming(ours: Path, text: Path, tmp_path: Path) -> None:
+    command = ["extend", ours, "--method", "yarn", "--factor", 4, "--text", text, "--pose", "--batch-size", 2]
+    command += ["--steps", 4, "--precision", "float32", "--warmup", 0, "--save-every", 2]
+    done(*command, "--out", tmp_path / "whole.safetensors")
+    whole = load_model(tmp_path / "whole.safetensors")
+
+    from longattn.training import loop
+
+    out = tmp_path / "parted.safetensors"
+    saved: list[Path] = []
+
+    def stop(path: Path, checkpoint: Checkpoint) -> None:
+        save_checkpoint(path, checkpoint)
+        saved.append(path)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", stop)
+        interrupted = run(*command, "--out", out)
+    assert interrupted.exit_code == 130 and "--resume" in interrupted.output and not out.exists()
+    done(*command, "--out", out, "--resume")
+    for name, weight in load_model(out).state_dict().items():
+        torch.testing.assert_close(weight, whole.state_dict()[name])
+
+
+def test_adapters_train_few_weights_and_end_up_in_the_others(ours: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    out, before = tmp_path / "longer.safetensors", load_model(ours).state_dict()
+    command = ("extend", ours, "--method", "yarn", "--factor", 2, "--text", text, "--steps", 3, "--lora", 2)
+    said = done(*command, "--lora-embeddings", "--out", out, "--learning-rate", 0.05, "--warmup", 0)
+    after = load_model(out)
+    assert "weights train" in said
+    changed = {name for name, weight in after.state_dict().items() if not torch.equal(weight, before[name])}
+    assert {"blocks.0.attention.q_proj.weight", "embedding.weight", "norm.weight"} <= changed
+    assert not {"blocks.0.feed_forward.up_proj.weight", "head.weight"} & changed
+
+
+def test_a_search_for_longrope(ours: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "longer.safetensors"
+    sizes = ("--search-population", 4, "--search-generations", 1)
+    done("extend", ours, "--out", out, "--method", "longrope", "--factor", 4, "--search", text, *sizes)
+    found = load_model(out).config.rope_scaling
+    assert isinstance(found, scaling.LongRoPE) and found.factor == 4 and len(found.long_factor) == 8
+    (tmp_path / "found.json").write_text(json.dumps(found.to_dict()))
+    again = tmp_path / "again.safetensors"
+    done("extend", ours, "--out", again, "--method", "longrope", "--longrope", tmp_path / "found.json")
+    assert load_model(again).config.rope_scaling == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("extend", "--method", "yarn", "--factor", 0.5), "--factor: expected a number of at least 1"),
+        (("extend", "--method", "yarn"), "--factor"),
+        (("extend",), "--method"),
+        (("extend", "--method", "learned", "--factor", 2), "learned positions"),
+        (("extend", "--method", "longrope", "--factor", 2), "--longrope"),
+        (("extend", "--method", "yarn", "--factor", 2, "--resume"), "--resume"),
+        (("eval", "--lengths", "9999999", "--tasks", "speed"), "GB of memory"),
+        (("eval", "--lengths", "128", "--tasks", "loss"), "a text of at least 129 tokens"),
+        (("eval", "--lengths", "8 thousand"), "--lengths"),
+        (("eval", "--lengths", "8k", "--tasks", "reading"), "tasks"),
+    ],
+)
+def test_what_is_refused(
+    arguments: tuple[Any, ...], message: str, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longattn.evaluation.reading.free_bytes", lambda device="cpu": 10**8)
+    command, *options = arguments
+    result = run(command, ours, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 1 and message in " ".join(result.output.split()), result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    learned = Decoder(TransformerConfig.style("gpt2", **{**SIZES, "kv_heads": 2}))
+    save_checkpoint(tmp_path / "gpt.safetensors", Checkpoint(learned.config, learned.state_dict()))
+    for method in ("yarn", "self-extend", "streaming"):
+        refused = run(
+            "extend", tmp_path / "gpt.safetensors", "--out", tmp_path / "o", "--method", method, "--factor", 2
+        )
+        assert refused.exit_code == 1 and "rotary positions" in " ".join(refused.output.split())
+    (tmp_path / "empty").mkdir()
+    refused = run("eval", tmp_path / "empty", "--lengths", 64)
+    assert refused.exit_code == 1 and "MODEL" in refused.output
+
+
+def test_lengths() -> None:
+    assert token_counts("--lengths", "8k,1m, 300 ,1.5k") == (8192, 1048576, 300, 1536)
+    for bad in ("", "x", "-1", "0"):
+        with pytest.raises(InvalidInput):
+            token_counts("--lengths", bad)

@@ -1,0 +1,197 @@
+"""extend on Hugging Face models: the same as our models under the same method, saved and loaded, cached, and padded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from integrations.tiny_models import tiny
+from longattn import InvalidInput, Unsupported, scaling
+from longattn.extension import (
+    BaseChange,
+    DualChunk,
+    LayerPattern,
+    LearnedPositions,
+    LogN,
+    SelfExtend,
+    ShiftedGroups,
+    StreamingLLM,
+)
+from longattn.integrations import extend
+from longattn.integrations.huggingface import from_hf, load_pretrained, register, to_hf
+from longattn.rope import Rope
+
+register()
+
+LLAMA: dict[str, Any] = {"max_position_embeddings": 16, "attn_implementation": "longattn"}
+LLAMA |= {"num_hidden_layers": 3}
+METHODS: list[Any] = [
+    scaling.Linear(4),
+    scaling.NTK(4),
+    scaling.DynamicNTK(4, 16),
+    scaling.YaRN(4, 16),
+    scaling.LongRoPE(4, 16, (1.0, 1.0, 1.5, 2.0), (1.0, 2.0, 3.0, 4.0)),
+    scaling.Llama3(4, 16),
+    scaling.Proportional(0.5),
+    BaseChange(5e5),
+    LogN(16),
+    SelfExtend(4, 6),
+    DualChunk(8, 12),
+    StreamingLLM(10, 2),
+    LayerPattern("SNL", 5, 1),
+]
+LISTED = [method for method in METHODS if not isinstance(method, (scaling.Scaling, BaseChange))]
+
+
+def llama(name: str = "llama", **changes: Any) -> Any:
+    return tiny(name, **{**LLAMA, **changes}).double()
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 90, shape)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_it_computes_what_our_model_does(method: Any, tmp_path: Path) -> None:
+    model, text = llama(), ids(2, 40)
+    ours, theirs = extend(from_hf(model), method), extend(model, method)
+    shared = {id(weight) for weight in model.parameters()}
+    assert all(id(weight) in shared for weight in theirs.parameters())
+    before, got = model(text).logits, theirs(text).logits
+    torch.testing.assert_close(got, ours(text), rtol=1e-4, atol=1e-5)  # tables of cos and sin are float32 in theirs
+    assert not torch.allclose(got, before, atol=1e-2)
+    torch.testing.assert_close(model(text).logits, before, rtol=0, atol=0)  # the first model is as it was
+
+    theirs.save_pretrained(tmp_path)
+    kind = transformers.AutoModelForCausalLM
+    loaded = kind.from_pretrained(tmp_path, attn_implementation="longattn", dtype=torch.float64)
+    torch.testing.assert_close(loaded(text).logits, got)
+    torch.testing.assert_close(load_pretrained(tmp_path)(text), got, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", LISTED, ids=lambda method: method.name)
+def test_caches_and_padding(method: Any) -> None:
+    model = extend(llama(), method)
+    text = ids(2, 34)
+    whole = model(text).logits
+    cache = transformers.DynamicCache()
+    pieces = [model(part, past_key_values=cache, use_cache=True).logits for part in text.split([20, 1, 9, 4], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-5)
+
+    padded = torch.cat((torch.zeros(2, 5, dtype=torch.int64), text), 1)
+    mask = (torch.arange(39) >= 5).long().expand(2, -1)
+    for places in (None, (mask.cumsum(1) - 1).clamp(min=0)):
+        got = model(padded, attention_mask=mask, position_ids=places).logits[:, 5:]
+        torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-4)
+
+    greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    dynamic = model.generate(padded, attention_mask=mask, **greedy)[:, 5:]
+    static = model.generate(text, attention_mask=torch.ones_like(text), cache_implementation="static", **greedy)
+    assert torch.equal(dynamic, static)
+    assert torch.equal(static[:, 34], whole[:, -1].argmax(-1))
+
+
+def test_packed_documents_start_anew() -> None:
+    model = extend(llama(), SelfExtend(3, 5))
+    first, second = ids(1, 17), ids(1, 13)
+    places = torch.cat((torch.arange(17), torch.arange(13)))[None]
+    got = model(torch.cat((first, second), 1), position_ids=places, use_cache=False).logits
+    for part, document in ((got[:, :17], first), (got[:, 17:], second)):
+        torch.testing.assert_close(part, model(document).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "phi", "gemma2", "gemma3"])
+def test_vectors_turn_back_to_where_they_came_from(name: str) -> None:
+    model = tiny(name, attn_implementation="longattn").double()
+    text = ids(1, 9)
+    still = extend(model, LayerPattern("N"))(text, position_ids=torch.arange(9)[None]).logits
+    ones = torch.ones_like(text)  # or positions that do not rise would be taken for packed documents
+    wanted = model(text, attention_mask=ones, position_ids=torch.zeros(1, 9, dtype=torch.int64)).logits
+    torch.testing.assert_close(still, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_full_layers_of_mixed_models_are_scaled() -> None:
+    model = tiny("gemma3", attn_implementation="longattn")
+    extended = extend(model, scaling.Linear(8))
+    assert Rope.from_hf(extended.config, "full_attention").scaling == scaling.Linear(8)
+    local = Rope.from_hf(extended.config, "sliding_attention")
+    assert local == Rope.from_hf(model.config, "sliding_attention")
+    assert not torch.allclose(extended(ids(1, 30)).logits, model(ids(1, 30)).logits)
+
+
+def test_shifted_groups_train_and_read_as_ever() -> None:
+    model, text = llama(), ids(2, 33)
+    theirs, ours = extend(model, ShiftedGroups(8)), extend(from_hf(model), ShiftedGroups(8))
+    torch.testing.assert_close(theirs.eval()(text).logits, model(text).logits)
+    theirs.train(), ours.train()
+    got, wanted = theirs(text).logits, ours(text)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(got, model(text).logits, atol=1e-2)
+    got.square().mean().backward()
+    wanted.square().mean().backward()
+    theirs_grad = theirs.model.layers[0].self_attn.q_proj.weight.grad
+    torch.testing.assert_close(theirs_grad, ours.blocks[0].attention.q_proj.weight.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_learned_positions(name: str, tmp_path: Path) -> None:
+    gpt2 = {"n_positions": 16, "scale_attn_by_inverse_layer_idx": False}
+    sizes = gpt2 if name == "gpt2" else {"max_position_embeddings": 16}
+    model = tiny(name, **sizes, attn_implementation="longattn")
+    extended, text = extend(model, LearnedPositions(3)), ids(2, 48)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(text)
+    got = extended(text)[0]
+    ours = extend(from_hf(model), LearnedPositions(3))
+    torch.testing.assert_close(got, ours(text), rtol=1e-4, atol=1e-4)
+    extended.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="longattn")
+    torch.testing.assert_close(loaded(text)[0], got)
+    assert model.config.max_position_embeddings == 16
+
+
+def test_a_folder_without_our_attention_is_as_it_was(tmp_path: Path) -> None:
+    model, text = llama(), ids(1, 30)
+    extend(model, SelfExtend(3, 5)).save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(loaded(text).logits, model(text).logits)
+
+
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        (lambda: tiny("gpt2", attn_implementation="longattn"), scaling.YaRN(4, 16)),
+        (lambda: tiny("gpt2", attn_implementation="longattn"), SelfExtend(4, 4)),
+        (lambda: tiny("gpt2", attn_implementation="longattn"), StreamingLLM(4)),
+        (lambda: tiny("bert", attn_implementation="longattn"), LogN(16)),
+        (lambda: tiny("bert", attn_implementation="longattn"), scaling.Linear(2)),
+        (lambda: tiny("opt", attn_implementation="longattn"), LearnedPositions(2)),
+        (lambda: tiny("mistral", attn_implementation="longattn"), StreamingLLM(8, 2)),
+        (lambda: tiny("llama4", attn_implementation="longattn"), SelfExtend(4, 4)),
+        (lambda: tiny("llama"), LogN(16)),
+        (llama, LearnedPositions(2)),
+        (llama, scaling.DynamicNTK(2, 99)),
+        (llama, "yarn"),
+        (lambda: extend(llama(), scaling.DynamicNTK(2, 16)), SelfExtend(4, 4)),
+        (lambda: extend(llama(), SelfExtend(4, 4)), scaling.DynamicNTK(2, 16)),
+    ],
+)
+def test_what_a_model_has_no_use_for_is_an_error(make: Any, method: Any) -> None:
+    with pytest.raises(InvalidInput):
+        extend(make(), method)
+
+
+def test_what_methods_cannot_be_joined_with_is_an_error() -> None:
+    model, text = extend(llama(), SelfExtend(3, 5)), ids(1, 12)
+    with pytest.raises(Unsupported, match="output_attentions"):
+        model(text, output_attentions=True)
+    dense = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+    with pytest.raises(Unsupported, match="dense"):
+        model(text, attention_mask=dense)
+    for method in (SelfExtend(3, 5), LayerPattern("NL")):
+        with pytest.raises(InvalidInput, match="config"):
+            to_hf(extend(from_hf(llama()), method))
