@@ -22,12 +22,10 @@ if FOLDER is None:
 def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """The emulated backend; what the emulator reports fails the test."""
     assert FOLDER is not None
-    monkeypatch.setattr(library, "PATH", Path(FOLDER).resolve() / "_cuda.so")
-    library.load.cache_clear()
+    monkeypatch.setattr(library, "found", library.load(Path(FOLDER).resolve() / "_cuda.so"))
     engine = Engine()
     yield engine
     reports = engine.take_reports()
-    library.load.cache_clear()
     assert not reports, reports
 
 

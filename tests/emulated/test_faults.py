@@ -68,8 +68,7 @@ def examine(path: Path, expected: list[list[Tensor]], to: Connection) -> None:
     """In a process of its own: how the faulty library gives itself away, "" if it does not."""
     faulthandler.disable()
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    library.PATH = path
-    library.load.cache_clear()
+    library.found = library.load(path)
     engine, first = Engine(), {}
     for mode, seed in SEEDS:
         for number, (keywords, right) in enumerate(zip(CALLS, expected, strict=True)):

@@ -17,7 +17,7 @@ class Engine:
     """The emulator that the CUDA backend's library of this process is linked with."""
 
     def __init__(self) -> None:
-        found = library.load()
+        found = library.found
         assert isinstance(found, library.Library) and found.emulated, found
         self._library = found._library
         self._library.emulator_take_reports.restype = ctypes.c_char_p

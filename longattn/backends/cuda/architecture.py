@@ -8,13 +8,10 @@ from pathlib import Path
 
 import torch
 
-_PROVEN = Path(__file__).with_name("proven.json")
+# Architectures ("sm_90") where every GPU test passed and the kernels beat Triton's, with the kernels' release. Read here,
+# as torch.compile could not trace it.
+PROVEN: dict[str, str] = json.loads(Path(__file__).with_name("proven.json").read_text(encoding="utf-8"))
 _CAPABILITY = (9, 0)  # sm_90a: its instructions run on no other
-
-
-def proven() -> dict[str, str]:
-    """Architectures ("sm_90") where every GPU test passed and the kernels beat Triton's, with the kernels' release."""
-    return dict(json.loads(_PROVEN.read_text(encoding="utf-8")))
 
 
 def fault() -> str | None:
@@ -38,4 +35,4 @@ def _fault(device: int) -> str | None:
 @functools.cache
 def _is_proven(device: int) -> bool:
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}" in proven()
+    return f"sm_{major}{minor}" in PROVEN

@@ -20,10 +20,9 @@ class CudaBackend(Backend):
     name = "cuda"
 
     def unavailable(self) -> str | None:
-        found = library.load()
-        if isinstance(found, str):
-            return found
-        if not found.emulated and not torch.cuda.is_available():
+        if isinstance(library.found, str):
+            return library.found
+        if not library.found.emulated and not torch.cuda.is_available():
             return "there is no GPU that torch can use"
         return None
 
@@ -98,6 +97,5 @@ class CudaBackend(Backend):
 
 
 def _library() -> library.Library:
-    found = library.load()
-    assert isinstance(found, library.Library)
-    return found
+    assert isinstance(library.found, library.Library)
+    return library.found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor
 
 from longattn._build_info import build_info
-
-PATH = Path(__file__).parents[2] / "_cuda.so"
 
 
 class Rows(ctypes.Structure):
@@ -88,12 +85,13 @@ class Library:
         for name, kind in _CALLS.items():
             function = getattr(self._library, f"longattn_cuda_{name}")
             function.restype, function.argtypes = c_char_p, (ctypes.POINTER(kind),)
+        self._widest = [int(self._library.longattn_cuda_widest(backward)) for backward in (0, 1)]
         workspace = self._library.longattn_cuda_workspace
         workspace.restype, workspace.argtypes = None, (ctypes.POINTER(Call), ctypes.POINTER(Workspace))
 
     def widest(self, backward: bool) -> int:
         """The widest heads of a forward, or of a backward."""
-        return int(self._library.longattn_cuda_widest(int(backward)))
+        return self._widest[backward]
 
     def workspace(self, call: Call) -> Workspace:
         """How many entries the buffers of a call have."""
@@ -113,12 +111,14 @@ class Library:
             raise RuntimeError(f"longattn's CUDA kernels ({name}): {fault.decode()}")
 
 
-@functools.cache
-def load() -> Library | str:
-    """The library of this installation, or why there is none."""
-    if not PATH.exists():
+def load(path: Path) -> Library | str:
+    """The library at a path, or why there is none."""
+    if not path.exists():
         return build_info().cuda_reason or "the CUDA kernels were not built"
     try:
-        return Library(PATH)
+        return Library(path)
     except (OSError, AttributeError) as error:
         return f"the CUDA kernels do not load: {error}"
+
+
+found = load(Path(__file__).parents[2] / "_cuda.so")  # by this installation; now, as torch.compile could not trace it
