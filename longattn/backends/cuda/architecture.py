@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-# Architectures ("sm_90") where every GPU test passed and the kernels beat Triton's, with the kernels' release. Read when
-# this is loaded, as torch.compile could not trace it.
+# Architectures ("sm_90") where every GPU test passed and the kernels beat Triton's, with the kernels' release. Read as
+# this is loaded: torch.compile could not trace it.
 PROVEN: dict[str, str] = json.loads(Path(__file__).with_name("proven.json").read_text(encoding="utf-8"))
 _CAPABILITY = (9, 0)  # sm_90a: its instructions run on no other
 
