@@ -1,34 +1,43 @@
-"""Prove the Triton kernels on the GPU of this machine, and measure them: `python -m benchmarks.gpu_check`.
+"""Prove the GPU kernels on the GPU of this machine, and measure them: `python -m benchmarks.gpu_check`.
 
-First the tests marked gpu. If all pass, the architecture is entered in longattn/backends/triton/proven.json: nothing
-else writes there. Then what the targets speak of, and as many other cases as there is time for, against whatever else
-can be imported. Prints a table, and leaves benchmarks/results/<gpu>-<date>.json with a plot of each set. It ends within
-9 minutes.
+First the tests marked gpu. If all pass, the architecture is entered in longattn/backends/triton/proven.json; then those
+marked hopper, where the CUDA library was built: if all pass and its kernels are quicker than Triton's, in
+longattn/backends/cuda/proven.json. Nothing else writes there. Then what the targets speak of, and as many other cases as
+there is time for, against whatever else can be imported. Prints a table, and leaves benchmarks/results/<gpu>-<date>.json
+with a plot of each set. It ends within 9 minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import re
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import longattn
+from longattn.backends import cuda, registry
 from longattn.backends.triton import architecture
 from longattn.bench import AttentionCase, Case, Report, Result, RopeCase, make_cases, plot, run
+from longattn.bench.clock import in_turn, make_clock
 
 RESULTS = Path(__file__).with_name("results")
 PROVEN = Path(architecture.__file__).with_name("proven.json")
+CUDA_PROVEN = Path(cuda.__file__).with_name("proven.json")
 SECONDS = 8.5 * 60  # for all
 TEST_SECONDS = 4 * 60
+CUDA_TEST_SECONDS = 90
 LAUNCHES = 2000
 
 
@@ -61,9 +70,9 @@ def targets() -> list[Target]:
     return found
 
 
-def run_tests(seconds: float) -> bool:
-    """Whether the tests marked gpu all pass."""
-    command = [sys.executable, "-m", "pytest", "tests", "-q", "-m", "gpu", "-x", "--durations=5"]
+def run_tests(mark: str, seconds: float) -> bool:
+    """Whether the tests of a mark all pass."""
+    command = [sys.executable, "-m", "pytest", "tests", "-q", "-m", mark, "-x", "--durations=5"]
     try:
         return subprocess.run(command, cwd=Path(__file__).parent.parent, timeout=seconds).returncode == 0
     except subprocess.TimeoutExpired:
@@ -71,14 +80,50 @@ def run_tests(seconds: float) -> bool:
         return False
 
 
-def enter_as_proven() -> None:
-    """Note the architecture, and with which release of the package and of Triton it passed."""
-    import triton
-
+def enter_as_proven(path: Path, what: str) -> None:
+    """Note the architecture, and with which releases it passed."""
     major, minor = torch.cuda.get_device_capability()
-    proven = architecture.proven()
-    proven[f"sm_{major}{minor}"] = f"longattn {longattn.__version__}, triton {triton.__version__}"
-    PROVEN.write_text(json.dumps(proven, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    proven = json.loads(path.read_text(encoding="utf-8")) | {f"sm_{major}{minor}": what}
+    path.write_text(json.dumps(proven, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def seconds_by_backend(backends: Sequence[str]) -> Iterator[tuple[str, list[float]]]:
+    """What is called, and the median seconds of each backend: forward, and with backward, causal and full."""
+    clock = make_clock("cuda")
+    for width, causal, backward in itertools.product((64, 128), (True, False), (False, True)):
+        q, k, v = (
+            torch.randn(1, 16, 8192, width, device="cuda", dtype=torch.bfloat16, requires_grad=backward)
+            for _ in range(3)
+        )
+        dout = torch.randn_like(q)
+
+        def call(backend: str) -> object:
+            out = longattn.attention(q, k, v, causal=causal, backend=backend)  # noqa: B023 - called in this round
+            return torch.autograd.grad(out, (q, k, v), dout) if backward else out  # noqa: B023
+
+        samples = in_turn([partial(call, backend) for backend in backends], clock, rounds=10, seconds=5)
+        what = f"{'with backward' if backward else 'forward'}, D {width}, {'causal' if causal else 'full'}, 8192"
+        yield what, [statistics.median(times) for times in samples]
+
+
+def check_cuda(seconds: float) -> Iterator[str]:
+    """A line for each finding; enters the CUDA kernels as proven if they pass every test and are quicker throughout."""
+    missing = registry.get("cuda").unavailable()
+    if missing is not None:
+        yield f"CUDA kernels not checked: {missing}"
+        return
+    if not run_tests("hopper", seconds):
+        yield "THE TESTS OF THE CUDA KERNELS FAILED: they are not proven"
+        return
+    yield "the tests of the CUDA kernels passed"
+    quicker = True
+    for what, (ours, theirs) in seconds_by_backend(("cuda", "triton")):
+        yield f"{what:40} CUDA {ours * 1e3:.3f} ms, Triton {theirs * 1e3:.3f} ms"
+        quicker &= ours < theirs
+    if quicker:
+        enter_as_proven(CUDA_PROVEN, f"longattn {longattn.__version__}")
+    else:
+        yield "the CUDA kernels are not quicker than Triton's throughout: they are not entered as proven"
 
 
 def launch_microseconds() -> dict[str, float]:
@@ -160,10 +205,13 @@ def main(arguments: list[str] | None = None) -> int:
         print("gpu-check needs a GPU, and torch sees none")
         return 1
     deadline = time.monotonic() + options.seconds
-    passed = run_tests(min(TEST_SECONDS, options.seconds))
+    passed = run_tests("gpu", min(TEST_SECONDS, options.seconds))
     print("the tests passed" if passed else "THE TESTS FAILED: nothing is proven, and no figure counts")
+    of_cuda = []
     if passed:
-        enter_as_proven()
+        enter_as_proven(PROVEN, f"longattn {longattn.__version__}, triton {version('triton')}")
+        of_cuda = list(check_cuda(min(CUDA_TEST_SECONDS, options.seconds)))
+        print(*of_cuda, sep="\n")
     overheads = launch_microseconds()
     print(*(f"{name}: {microseconds:.1f} us" for name, microseconds in overheads.items()), sep="\n")
 
@@ -184,7 +232,11 @@ def main(arguments: list[str] | None = None) -> int:
     path = RESULTS / f"{name}-{datetime.date.today():%Y-%m-%d}.json"
     path.parent.mkdir(exist_ok=True)
     report.write(path)
-    head = [f"tests {'passed' if passed else 'FAILED'}", *(f"{what}: {us:.1f} us" for what, us in overheads.items())]
+    head = [
+        f"tests {'passed' if passed else 'FAILED'}",
+        *of_cuda,
+        *(f"{what}: {us:.1f} us" for what, us in overheads.items()),
+    ]
     path.with_suffix(".txt").write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
     plots = path.with_suffix("")
     plots.mkdir(exist_ok=True)
