@@ -2,9 +2,9 @@
 
 First the tests marked gpu. If all pass, the architecture is entered in longattn/backends/triton/proven.json; then those
 marked hopper, where the CUDA library was built: if all pass and its kernels are quicker than Triton's, in
-longattn/backends/cuda/proven.json. Nothing else writes there. Then what the targets speak of, and as many other cases as
-there is time for, against whatever else can be imported. Prints a table, and leaves benchmarks/results/<gpu>-<date>.json
-with a plot of each set. It ends within 9 minutes.
+longattn/backends/cuda/proven.json. Nothing else writes there. Then what the targets speak of, and as many other cases
+as there is time for, against whatever else can be imported. Prints a table, and leaves a plot of each set beside
+benchmarks/results/<gpu>-<date>.json. It ends within 9 minutes.
 """
 
 from __future__ import annotations
