@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from longattn.backends import registry
 from longattn.bench import Machine, Report, Result
 
 
-def test_targets_are_judged_by_what_ran() -> None:
+def test_targets_are_judged_by_what_ran(gpu_check: Any) -> None:
     machine = Machine("a GPU", "Linux", 1, 1, (), None, None, {}, {})
     wanted = gpu_check.targets()[:3]
     met, missed, absent = (target.case for target in wanted)
@@ -35,16 +36,24 @@ def test_targets_are_judged_by_what_ran() -> None:
     assert len(list(gpu_check.table(report))) == 3
 
 
-def test_only_a_pass_proves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
+def test_what_passes_is_entered_beside_the_rest(
+    gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "proven.json"
-    monkeypatch.setattr(gpu_check, "PROVEN", path)
+    path.write_text('{"sm_80": "before"}', encoding="utf-8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    gpu_check.enter_as_proven()
-    assert list(json.loads(path.read_text(encoding="utf-8"))) == ["sm_90"]
+    gpu_check.enter_as_proven(path, "now")
+    assert json.loads(path.read_text(encoding="utf-8")) == {"sm_80": "before", "sm_90": "now"}
+
+
+def test_without_a_library_the_cuda_kernels_are_not_checked(gpu_check: Any) -> None:
+    missing = registry.get("cuda").unavailable()
+    if missing is None:
+        pytest.skip("there is one")
+    assert list(gpu_check.check_cuda(1)) == [f"CUDA kernels not checked: {missing}"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_needs_a_gpu(gpu_check: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.main([]) == 1
     assert "torch sees none" in capsys.readouterr().out

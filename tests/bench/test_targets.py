@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +10,6 @@ import pytest
 from click.testing import CliRunner
 
 from longattn.bench import Case, Machine, Report, Result, contenders, make_cases
-
-_FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "targets.py"
-
-
-@pytest.fixture(scope="module")
-def targets() -> Iterator[Any]:
-    spec = importlib.util.spec_from_file_location("benchmark_targets", _FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 def _report(cases: list[Case], ours: float) -> Report:
