@@ -365,9 +365,8 @@ FAULTS = (
     Fault(
         "columns of log-sums",
         BACKWARD,
-        "stage * Layout::kTermBytes + 4 * column; #pragma unroll for (int j = 0; j < kQueries / 8; ++j) "
-        "{ const float2 log_sum",
-        "stage * Layout::kTermBytes; #pragma unroll for (int j = 0; j < kQueries / 8; ++j) { const float2 log_sum",
+        "layout.log_sums(0) + stage * Layout::kTermBytes + 4 * column",
+        "layout.log_sums(0) + stage * Layout::kTermBytes",
     ),
     Fault(
         "left bound of the backward",
