@@ -92,9 +92,11 @@ struct Int8 {
 };
 
 // The keys of a block, or their values, row by row.
+constexpr int64_t kSpare = 16;  // rows that products may read past the last
 struct Block {
-  const char* rows[kKeyBlock + 2 * kAhead];  // past the last: those that are read next
-  const float* scales[kKeyBlock];            // of int8
+  const char* rows[kKeyBlock + kSpare];   // past the last: as the last
+  const char* ahead[kKeyBlock + kSpare];  // what to fetch while a row is read; of another tensor, maybe: not to be read
+  const float* scales[kKeyBlock];         // of int8
   int64_t keys;
 };
 
@@ -107,8 +109,12 @@ inline void locate_block(KeyRows* rows, int64_t first, int64_t keys, KeyRows* ne
     block->rows[j] = rows->at(first + j);
     if (scaled) block->scales[j] = &rows->scale(first + j);
   }
-  for (int64_t j = 0; j < 2 * kAhead; ++j)
-    block->rows[keys + j] = next_keys > 0 ? next->at(next_first + smaller(j, next_keys - 1)) : block->rows[keys - 1];
+  for (int64_t j = keys; j < keys + kSpare; ++j) block->rows[j] = block->rows[keys - 1];
+  const int64_t here = larger(0, keys - kAhead);  // rows whose turn to be fetched comes in this block
+  for (int64_t j = 0; j < here; ++j) block->ahead[j] = block->rows[j + kAhead];
+  for (int64_t j = here; j < keys + kSpare; ++j)
+    block->ahead[j] = next_keys > 0 ? next->at(next_first + smaller(larger(0, j + kAhead - keys), next_keys - 1))
+                                    : block->rows[keys - 1];
 }
 
 // Sums of the lanes of N = kWidth vectors: of x[i] in lane i. Each step adds halves and puts two vectors side by side;
@@ -137,7 +143,7 @@ inline void dot_products(const Block& block, int64_t columns, const T* queries, 
       for (int r = 0; r < R; ++r) q[r] = load<T>(queries + r * width + c);
 #pragma GCC unroll 16
       for (int k = 0; k < K; ++k) {
-        __builtin_prefetch(block.rows[j + k + kAhead] + c * Stored::kBytes, 0, 2);
+        __builtin_prefetch(block.ahead[j + k] + c * Stored::kBytes, 0, 2);
         const Vec<T> key = Stored::load(block.rows[j + k], c);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) sums[k * R + r] += key * q[r];
@@ -163,7 +169,7 @@ inline void add_values(const Block& block, int64_t c, const T* weights, const T*
     Vec<T> value[C];
 #pragma GCC unroll 4
     for (int n = 0; n < C; ++n) {
-      __builtin_prefetch(block.rows[j + kAhead] + (c + n * W) * Stored::kBytes, 0, 2);
+      __builtin_prefetch(block.ahead[j] + (c + n * W) * Stored::kBytes, 0, 2);
       value[n] = Stored::load(block.rows[j], c + n * W);
     }
 #pragma GCC unroll 4
@@ -203,8 +209,9 @@ inline void with_rows(const AttentionParams& p, const Sequence& s, int64_t kv_he
   load_keys<T>(p, s, kv_head, x, first, block.keys, columns, width, rotated, staging);
   Block converted;
   converted.keys = block.keys;
-  for (int64_t j = 0; j < block.keys + 2 * kAhead; ++j)
-    converted.rows[j] = reinterpret_cast<const char*>(staging + smaller(j, block.keys - 1) * width);
+  for (int64_t j = 0; j < block.keys + kSpare; ++j)
+    converted.rows[j] = converted.ahead[j] =
+        reinterpret_cast<const char*>(staging + smaller(j, block.keys - 1) * width);
   f(Plain<T>{}, converted, width);
 }
 
