@@ -1,5 +1,5 @@
 // What Python hands over: addresses, strides and numbers of one call, in C types alone.
-// longattn/backends/cuda/library.py mirrors it, field by field.
+// longattn/backends/cuda/native.py mirrors it, field by field.
 #pragma once
 
 #include <cstdint>

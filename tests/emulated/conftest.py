@@ -11,7 +11,7 @@ import pytest
 
 import longattn
 from emulator.engine import Engine
-from longattn.backends.cuda import library
+from longattn.backends.cuda import native
 
 FOLDER = os.environ.get("LONGATTN_EMULATOR")
 if FOLDER is None:
@@ -22,7 +22,7 @@ if FOLDER is None:
 def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """The emulated backend; what the emulator reports fails the test."""
     assert FOLDER is not None
-    monkeypatch.setattr(library, "found", library.load(Path(FOLDER).resolve() / "_cuda.so"))
+    monkeypatch.setattr(native, "found", native.load(Path(FOLDER).resolve() / "_cuda.so"))
     engine = Engine()
     yield engine
     reports = engine.take_reports()

@@ -20,7 +20,7 @@ from emulator.build import CUDA, EMULATOR, compile_one, link
 from emulator.engine import EARLY, LATE, RANDOM, Engine
 from emulator.faults import FAULTS, Fault
 from helpers import random_qkv
-from longattn.backends.cuda import library
+from longattn.backends.cuda import native
 
 CPU_SECONDS, SECONDS = 90, 600  # a fault may make a kernel run for ever
 TOLERANCE = 0.02
@@ -68,7 +68,7 @@ def examine(path: Path, expected: list[list[Tensor]], to: Connection) -> None:
     """In a process of its own: how the faulty library gives itself away, "" if it does not."""
     faulthandler.disable()
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    library.found = library.load(path)
+    native.found = native.load(path)
     engine, first = Engine(), {}
     for mode, seed in SEEDS:
         for number, (keywords, right) in enumerate(zip(CALLS, expected, strict=True)):

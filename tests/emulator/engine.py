@@ -8,7 +8,7 @@ import mmap
 import torch
 from torch import Tensor
 
-from longattn.backends.cuda import library
+from longattn.backends.cuda import native
 
 EARLY, LATE, RANDOM = range(3)  # when asynchronous work is done
 
@@ -17,8 +17,8 @@ class Engine:
     """The emulator that the CUDA backend's library of this process is linked with."""
 
     def __init__(self) -> None:
-        found = library.found
-        assert isinstance(found, library.Library) and found.emulated, found
+        found = native.found
+        assert isinstance(found, native.Library) and found.emulated, found
         self._library = found._library
         self._library.emulator_take_reports.restype = ctypes.c_char_p
 

@@ -1,4 +1,4 @@
-// What the library exports, in C: longattn/backends/cuda/library.py calls it through ctypes.
+// What the library exports, in C: longattn/backends/cuda/native.py calls it through ctypes.
 #include <iterator>
 
 #include "host/attention.h"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longattn.backends.angles import rotation_positions
 from longattn.backends.base import Gradients
-from longattn.backends.cuda.library import Call, Library, RopeCall, Rows
+from longattn.backends.cuda.native import Call, Library, RopeCall, Rows
 from longattn.problem import Problem, Tensors
 
 _UNIT = 8  # 16-bit numbers in 16 bytes: widths, and strides, are multiples

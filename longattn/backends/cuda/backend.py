@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from longattn.backends.base import Backend, Gradients
-from longattn.backends.cuda import architecture, attention, cached, library
+from longattn.backends.cuda import architecture, attention, cached, native
 from longattn.problem import CacheTensors, Problem, Slots, Tensors
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -20,9 +20,9 @@ class CudaBackend(Backend):
     name = "cuda"
 
     def unavailable(self) -> str | None:
-        if isinstance(library.found, str):
-            return library.found
-        if not library.found.emulated and not torch.cuda.is_available():
+        if isinstance(native.found, str):
+            return native.found
+        if not native.found.emulated and not torch.cuda.is_available():
             return "there is no GPU that torch can use"
         return None
 
@@ -96,6 +96,6 @@ class CudaBackend(Backend):
             attention.rope(_library(), x, inv_freq, positions, factor, interleaved, inverse, out)
 
 
-def _library() -> library.Library:
-    assert isinstance(library.found, library.Library)
-    return library.found
+def _library() -> native.Library:
+    assert isinstance(native.found, native.Library)
+    return native.found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longattn.backends.cuda.attention import aligned, empty_rows
-from longattn.backends.cuda.library import Call, Library, Rows
+from longattn.backends.cuda.native import Call, Library, Rows
 from longattn.problem import CacheTensors, Problem, Slots
 
 

@@ -15,7 +15,7 @@ import torch
 
 import longattn
 from longattn import Unsupported
-from longattn.backends.cuda import architecture, library
+from longattn.backends.cuda import architecture, native
 from longattn.mask import Mask
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -184,7 +184,7 @@ def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("no C compiler")
     subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(made)], check=True)
-    found = library.load(made)
+    found = native.load(made)
     assert isinstance(found, str) and "build again" in found
 
 
