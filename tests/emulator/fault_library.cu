@@ -8,7 +8,7 @@ using longattn::hopper::BFloat16;
 extern "C" {
 
 int longattn_cuda_call_bytes() { return sizeof(LongattnCall); }
-int longattn_cuda_widest(int) { return 128; }
+int longattn_cuda_widest() { return 128; }
 
 const char* longattn_cuda_forward(const LongattnCall* call) {
   return call->key_mask ? launch_forward<ForwardConfig<BFloat16, 128, 2, 128, Kind::kGeneral>>(*call)

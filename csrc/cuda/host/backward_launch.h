@@ -59,15 +59,21 @@ const char* launch_backward(const LongattnCall& call) {
                                  blocks(ceil_divided(longest_keys(call), Config::kKeys), call.kv_heads),
                                  Config::kThreads, BackwardLayout<Config>::kBytes, call.stream, p))
     return fault;
-  return launch(query_gradient_kernel<Config>, "query_gradient", blocks(2 * tiles, call.q_heads), 128, 0, call.stream,
-                p);
+  return launch(query_gradient_kernel<Config>, "query_gradient", blocks(Config::kBlocks * tiles, call.q_heads), 128, 0,
+                call.stream, p);
+}
+
+template <class Element, int Width, bool General>
+const char* backward_of_kind(const LongattnCall& call) {
+  constexpr BackwardRow kRow = backward_row(Width);
+  return launch_backward<
+      BackwardConfig<Element, Width, kRow.queries, kRow.keys, kRow.query_stages, kRow.output_stages, General>>(call);
 }
 
 template <class Element, int Width>
 const char* backward_of_element(const LongattnCall& call) {
-  constexpr int kQueries = backward_queries(Width);
-  return has_other_scores(call) ? launch_backward<BackwardConfig<Element, Width, kQueries, true>>(call)
-                                : launch_backward<BackwardConfig<Element, Width, kQueries, false>>(call);
+  return has_other_scores(call) ? backward_of_kind<Element, Width, true>(call)
+                                : backward_of_kind<Element, Width, false>(call);
 }
 
 template <int Width>

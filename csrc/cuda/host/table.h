@@ -28,16 +28,23 @@ constexpr ForwardRow forward_row(int width) {
   return {};
 }
 
-// Tiles of 128 keys by so many queries.
+// A tile of keys visits tiles of queries, which come, like their dO, through rings of so many stages. With 128 keys a
+// warpgroup has 64 of its own, and both their gradients: as many registers as it may have. Wider heads leave it one
+// gradient, of 64 keys that both share.
 struct BackwardRow {
-  int width, queries;
+  int width, queries, keys, query_stages, output_stages;
 };
-constexpr BackwardRow kBackwardTable[] = {{64, 128}, {128, 64}};
+constexpr BackwardRow kBackwardTable[] = {
+    {64, 128, 128, 3, 2},  //
+    {128, 64, 128, 3, 2},  //
+    {192, 64, 64, 3, 2},   //
+    {256, 64, 64, 2, 1},
+};
 
-constexpr int backward_queries(int width) {
+constexpr BackwardRow backward_row(int width) {
   for (const BackwardRow& row : kBackwardTable)
-    if (row.width == width) return row.queries;
-  return 0;
+    if (row.width == width) return row;
+  return {};
 }
 
 // Of calls on a cache, whose tiles are 64 rows of queries by so many keys.

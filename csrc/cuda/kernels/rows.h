@@ -5,6 +5,8 @@
 
 namespace longattn::cuda {
 
+constexpr int kSumBlock = 64 * 64;  // rows and columns of dQ that are added up together
+
 // Tiles of queries of all sequences, one after the other, whose rows start anew for each: packed sequence b, of which
 // floor(start / size) + b tiles lie before, has room for whole tiles.
 struct RowTiles {

@@ -13,10 +13,7 @@ using namespace longattn::cuda;
 
 LONGATTN_EXPORT int longattn_cuda_call_bytes() { return sizeof(LongattnCall); }
 
-// The widest heads of a forward and of a backward.
-LONGATTN_EXPORT int longattn_cuda_widest(int backward) {
-  return backward ? std::end(kBackwardTable)[-1].width : std::end(kForwardTable)[-1].width;
-}
+LONGATTN_EXPORT int longattn_cuda_widest() { return std::end(kForwardTable)[-1].width; }
 
 // Entries of the workspaces that a call and its backward need.
 LONGATTN_EXPORT void longattn_cuda_workspace(const LongattnCall* call, LongattnWorkspace* sizes) {
@@ -29,11 +26,11 @@ LONGATTN_EXPORT void longattn_cuda_workspace(const LongattnCall* call, LongattnW
   }
   const int width = padded_width(kBackwardTable, larger(call->head_dim, call->v_head_dim));
   if (!call->dout.data || !width) return;
-  const int queries = backward_queries(width);
+  const int queries = backward_row(width).queries;
   const int64_t tiles = static_cast<int64_t>(call->q_heads) * row_tiles(*call, queries).of_head;
-  if (call->deterministic) sizes->counters = 2 * tiles;
   sizes->row_terms = 2 * tiles * queries;
   sizes->dq_sum = tiles * queries * width;
+  if (call->deterministic) sizes->counters = sizes->dq_sum / kSumBlock;
 }
 
 // Like all below: nullptr, or what went wrong.
@@ -59,8 +56,12 @@ LONGATTN_EXPORT const char* longattn_cuda_backward(const LongattnCall* call) {
       return backward_of_width<64>(*call);
     case 128:
       return backward_of_width<128>(*call);
+    case 192:
+      return backward_of_width<192>(*call);
+    case 256:
+      return backward_of_width<256>(*call);
   }
-  return "heads with gradients are at most 128 wide";
+  return "heads are at most 256 wide";
 }
 
 // Rotates new tokens and writes their keys and values to the slots of a cache; packs queries for decode.

@@ -35,10 +35,9 @@ class CudaBackend(Backend):
         if problem.dtype not in _DTYPES:
             found.append(f"runs float16 and bfloat16, not {str(problem.dtype)[6:]}")
         found += [f"has no {name}" for name in _REFUSED if name in problem.features]
-        widest = kernels.widest(backward=problem.needs_grad)
         for name, width in (("head_dim", problem.head_dim), ("v_head_dim", problem.v_head_dim)):
-            if width > widest:
-                found.append(f"{name} is at most {widest}{' with gradient' * problem.needs_grad}, not {width}")
+            if width > kernels.widest:
+                found.append(f"{name} is at most {kernels.widest}, not {width}")
         if "cache" in problem.features:
             if problem.storage not in (problem.dtype, torch.int8):  # int8 is refused above
                 found.append(f"reads caches of the call's own {str(problem.dtype)[6:]}, not {str(problem.storage)[6:]}")

@@ -85,13 +85,9 @@ class Library:
         for name, kind in _CALLS.items():
             function = getattr(self._library, f"longattn_cuda_{name}")
             function.restype, function.argtypes = c_char_p, (ctypes.POINTER(kind),)
-        self._widest = [int(self._library.longattn_cuda_widest(backward)) for backward in (0, 1)]
+        self.widest = int(self._library.longattn_cuda_widest())  # heads
         workspace = self._library.longattn_cuda_workspace
         workspace.restype, workspace.argtypes = None, (ctypes.POINTER(Call), ctypes.POINTER(Workspace))
-
-    def widest(self, backward: bool) -> int:
-        """The widest heads of a forward, or of a backward."""
-        return self._widest[backward]
 
     def workspace(self, call: Call) -> Workspace:
         """How many entries the buffers of a call have."""

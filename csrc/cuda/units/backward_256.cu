@@ -1,0 +1,3 @@
+#include "host/backward_launch.h"
+
+template const char* longattn::cuda::backward_of_width<256>(const LongattnCall&);
