@@ -66,7 +66,7 @@ class Kernel(NamedTuple):
 
     @property
     def numbers(self) -> list[int]:
-        """The template's: width, warpgroups and keys, kind; or width and queries."""
+        """The template's: width, warpgroups and keys, kind; or width, queries, keys, stages."""
         return [int(x) for x in re.findall(r"(?<=[ )])-?\d+", self.name)]
 
     def faults(self) -> Iterator[str]:
@@ -92,12 +92,14 @@ class Kernel(NamedTuple):
                 yield f"{inside} exponentials of a loop run under products, of {wanted}"
 
     def step(self) -> tuple[int, int]:
-        """(products, exponentials that a thread computes) of a step."""
+        """(products, exponentials that a thread computes under them) of a step."""
         if self.name.startswith("forward_kernel"):
             width, _, keys, _ = self.numbers
             return width // 16 + keys // 16, keys // 2
-        width, queries = self.numbers
-        return 2 * width // 16 + 2 * queries // 16 + 8, queries // 2
+        width, queries, keys, *_ = self.numbers
+        if keys == 64:  # a warpgroup has half of the products, and its exponentials run under the other's
+            return width // 16 + queries // 16 + keys // 16, 0
+        return 2 * width // 16 + 2 * queries // 16 + keys // 16, queries // 2
 
     def loops(self) -> Iterator[list[Instruction]]:
         """The loops over steps: those of as many products; of those that overlap through jumps, the shortest."""
@@ -116,7 +118,7 @@ class Kernel(NamedTuple):
         counts = Counter(name for x in self.code for name in INSTRUCTIONS if x.opcode.startswith(name))
         mix = "  ".join(f"{name} {counts[name]}" for name in INSTRUCTIONS if counts[name])
         return (
-            f"{self.name:62} {self.registers:3} registers {self.stack:3} B stack {len(self.code):5} instructions  {mix}"
+            f"{self.name:68} {self.registers:3} registers {self.stack:3} B stack {len(self.code):5} instructions  {mix}"
         )
 
 

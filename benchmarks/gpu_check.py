@@ -90,7 +90,7 @@ def enter_as_proven(path: Path, what: str) -> None:
 def seconds_by_backend(backends: Sequence[str]) -> Iterator[tuple[str, list[float]]]:
     """What is called, and the median seconds of each backend: forward, and with backward, causal and full."""
     clock = make_clock("cuda")
-    for width, causal, backward in itertools.product((64, 128), (True, False), (False, True)):
+    for width, causal, backward in itertools.product((64, 128, 256), (True, False), (False, True)):
         q, k, v = (
             torch.randn(1, 16, 8192, width, device="cuda", dtype=torch.bfloat16, requires_grad=backward)
             for _ in range(3)

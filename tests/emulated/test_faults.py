@@ -25,6 +25,7 @@ from longattn.backends.cuda import native
 CPU_SECONDS, SECONDS = 90, 600  # a fault may make a kernel run for ever
 TOLERANCE = 0.02
 SEEDS = ((LATE, 1), (LATE, 10), (EARLY, 1), (RANDOM, 2), (EARLY, 7), (LATE, 2), (LATE, 3), (LATE, 15), (LATE, 23))
+SHAPES = {128: ((4, 2), (300, 400)), 256: ((2, 1), (150, 200))}  # of the heads' width: heads, lengths
 CALLS: tuple[dict[str, Any], ...] = (
     {"causal": True, "window": 150, "sinks": 100, "deterministic": True},
     {"deterministic": True},
@@ -33,19 +34,20 @@ CALLS: tuple[dict[str, Any], ...] = (
 )
 
 
-def inputs() -> tuple[list[Tensor], Tensor, Tensor]:
+def inputs(width: int) -> tuple[list[Tensor], Tensor, Tensor]:
     """((q, k, v), dout, key_mask)."""
     torch.manual_seed(0)
-    qkv = random_qkv(1, (4, 2), (300, 400), 128, torch.bfloat16)
-    key_mask = torch.rand(1, 400) < 0.5
+    heads, lengths = SHAPES[width]
+    qkv = random_qkv(1, heads, lengths, width, torch.bfloat16)
+    key_mask = torch.rand(1, lengths[1]) < 0.5
     for x in qkv[1:]:
         x[:, :, ~key_mask[0]] *= 4.0
     return list(qkv), torch.randn_like(qkv[0]), key_mask
 
 
-def results(backend: str, dtype: torch.dtype, keywords: dict[str, Any]) -> list[Tensor]:
+def results(backend: str, dtype: torch.dtype, width: int, keywords: dict[str, Any]) -> list[Tensor]:
     """out, lse and gradients of one of CALLS."""
-    qkv, dout, key_mask = inputs()
+    qkv, dout, key_mask = inputs(width)
     if "key_mask" in keywords:
         keywords = keywords | {"key_mask": key_mask}
         if backend == "cuda":  # what hidden keys hold does not matter
@@ -64,7 +66,7 @@ def differs(got: list[Tensor], expected: list[Tensor]) -> bool:
     )
 
 
-def examine(path: Path, expected: list[list[Tensor]], to: Connection) -> None:
+def examine(path: Path, width: int, expected: list[list[Tensor]], to: Connection) -> None:
     """In a process of its own: how the faulty library gives itself away, "" if it does not."""
     faulthandler.disable()
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
@@ -74,7 +76,7 @@ def examine(path: Path, expected: list[list[Tensor]], to: Connection) -> None:
         for number, (keywords, right) in enumerate(zip(CALLS, expected, strict=True)):
             engine.configure(mode, seed, resident=3, skew=128 * seed % 1024, processors=2)
             try:
-                got = results("cuda", torch.bfloat16, keywords)
+                got = results("cuda", torch.bfloat16, width, keywords)
             except RuntimeError:
                 got = None
             reports = engine.take_reports()
@@ -90,8 +92,9 @@ def examine(path: Path, expected: list[list[Tensor]], to: Connection) -> None:
 
 
 @pytest.fixture(scope="module")
-def expected() -> list[list[Tensor]]:
-    return [results("cpu", torch.float64, dict(keywords)) for keywords in CALLS]
+def expected() -> dict[int, list[list[Tensor]]]:
+    """By width."""
+    return {width: [results("cpu", torch.float64, width, dict(keywords)) for keywords in CALLS] for width in SHAPES}
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +104,19 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / f"{source.stem}.o" for source in sorted(EMULATOR.glob("*.cpp"))]
 
 
-def found_out(fault: Fault | None, folder: Path, objects: list[Path], expected: list[list[Tensor]]) -> str:
+def found_out(
+    fault: Fault | None, width: int, folder: Path, objects: list[Path], expected: dict[int, list[list[Tensor]]]
+) -> str:
     cuda = folder / "cuda"
     shutil.copytree(CUDA, cuda, ignore=shutil.ignore_patterns("units", "hopper"))
     if fault is not None:
         changed = fault.planted((cuda / fault.file).read_text(encoding="utf-8"))
         (cuda / fault.file).write_text(changed, encoding="utf-8")
-    made = compile_one(EMULATOR / "fault_library.cu", folder, "-O1", "-w", cuda=cuda)
+    made = compile_one(EMULATOR / "fault_library.cu", folder, "-O1", "-w", f"-DLONGATTN_WIDTH={width}", cuda=cuda)
     path = link([made, *objects], folder / "_cuda.so")
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=examine, args=(path, expected, sender))
+    process = context.Process(target=examine, args=(path, width, expected[width], sender))
     process.start()
     sender.close()
     try:
@@ -123,10 +128,13 @@ def found_out(fault: Fault | None, folder: Path, objects: list[Path], expected: 
     return verdict
 
 
-def test_the_kernels_as_they_are(tmp_path: Path, objects: list[Path], expected: list[list[Tensor]]) -> None:
-    assert found_out(None, tmp_path, objects, expected) == ""
+@pytest.mark.parametrize("width", SHAPES)
+def test_the_kernels_as_they_are(
+    width: int, tmp_path: Path, objects: list[Path], expected: dict[int, list[list[Tensor]]]
+) -> None:
+    assert found_out(None, width, tmp_path, objects, expected) == ""
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
-def test_fault(fault: Fault, tmp_path: Path, objects: list[Path], expected: list[list[Tensor]]) -> None:
-    assert found_out(fault, tmp_path, objects, expected) != ""
+def test_fault(fault: Fault, tmp_path: Path, objects: list[Path], expected: dict[int, list[list[Tensor]]]) -> None:
+    assert found_out(fault, fault.width, tmp_path, objects, expected) != ""

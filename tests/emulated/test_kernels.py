@@ -57,7 +57,6 @@ def test_random_call(engine: Engine, number: int, request: pytest.FixtureRequest
     dtype = rng.choice((torch.bfloat16, torch.bfloat16, torch.float16))
     widths = rng.choice((64, 64, 128, 128, 128, 96, (24, 100), (72, 64), 80, 192, 256, 250))
     keywords, heads, batch = draw(rng), rng.choice(HEADS), rng.randint(1, 2)
-    backward = (widths if isinstance(widths, int) else max(widths)) <= 128
     if rng.random() < 0.25:
         keywords["sink_logits"] = torch.randn(heads[0])
     if packed:
@@ -66,7 +65,7 @@ def test_random_call(engine: Engine, number: int, request: pytest.FixtureRequest
         both = (widths, widths) if isinstance(widths, int) else widths
         call = random_packed(lengths, lengths_k, heads, both, dtype, outside=rng.choice((0, 5)))
         keywords.pop("align", None)
-        check_varlen(call, backend="cuda", backward=backward, **keywords)
+        check_varlen(call, backend="cuda", **keywords)
         return
     nq, nk = rng.choice(LENGTHS), rng.choice(LENGTHS)
     q, k, v = (laid_out(x, rng.choice(LAYOUTS)) for x in random_qkv(batch, heads, (nq, nk), widths, dtype))
@@ -76,7 +75,7 @@ def test_random_call(engine: Engine, number: int, request: pytest.FixtureRequest
         keywords["key_lens"] = torch.randint(0, nk + 1, (batch,))
         if isinstance(keywords.get("align"), int):
             keywords["align"] = torch.randint(-9, 30, (batch,))
-    check_attention(q, k, v, backend="cuda", backward=backward, **keywords)
+    check_attention(q, k, v, backend="cuda", **keywords)
 
 
 @pytest.mark.parametrize("seed", range(1, 13))
@@ -85,7 +84,7 @@ def test_deterministic_gradients_are_the_same_bits_under_every_engine(
 ) -> None:
     """Each seed starves something else; and without `deterministic` sums do come out in another order."""
     torch.manual_seed(0)
-    width = (64, 128)[seed % 2]
+    width = (64, 128, 192, 256)[seed % 4]
     q, k, v = random_qkv(1, (2, 1), (200, 400), width, torch.bfloat16)
     dout = torch.randn_like(q)
     keywords: dict[str, Any] = {"backend": "cuda", "causal": True, "window": 200, "sinks": 130}
@@ -99,7 +98,7 @@ def test_deterministic_gradients_are_the_same_bits_under_every_engine(
 def test_nothing_outside_the_tensors_is_read(engine: Engine) -> None:
     """Pages without access lie behind the inputs."""
     torch.manual_seed(1)
-    for width, nq, nk in ((64, 65, 129), (128, 1, 77), (96, 130, 40)):
+    for width, nq, nk in ((64, 65, 129), (128, 1, 77), (96, 130, 40), (200, 70, 65)):
         q, k, v = (guarded(x) for x in random_qkv(1, (2, 1), (nq, nk), width, torch.bfloat16))
         key_mask = guarded(torch.rand(1, nk) < 0.5)
         check_attention(q, k, v, backend="cuda", causal=True, key_mask=key_mask)
@@ -116,7 +115,7 @@ def hidden(features: str, q: Tensor, nk: int) -> tuple[dict[str, Any], Tensor]:
 
 
 @pytest.mark.parametrize("features", ["key_lens", "key_mask"])
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 128, 256])
 def test_what_hidden_keys_hold_does_not_matter(engine: Engine, features: str, width: int) -> None:
     torch.manual_seed(2)
     q, k, v = random_qkv(2, (2, 1), (100, 203), width, torch.bfloat16)
@@ -130,10 +129,11 @@ def test_what_hidden_keys_hold_does_not_matter(engine: Engine, features: str, wi
         assert torch.allclose(got[name], expected[name], rtol=0.0, atol=1e-3), name
 
 
-def test_tokens_of_other_sequences_do_not_matter(engine: Engine) -> None:
+@pytest.mark.parametrize("width", [64, 192])
+def test_tokens_of_other_sequences_do_not_matter(engine: Engine, width: int) -> None:
     """Tiles reach into the next sequence, whose tokens may hold anything."""
     torch.manual_seed(3)
-    call = random_packed((100, 70), (90, 80), (2, 1), (64, 64), torch.bfloat16)
+    call = random_packed((100, 70), (90, 80), (2, 1), (width, width), torch.bfloat16)
     q, k, v, cu_q, cu_k = call[:5]
     dout = torch.randn_like(q)
     before = run(longattn.attention_varlen, call, dout, backend="cuda", causal=True)

@@ -14,6 +14,7 @@ class Fault(NamedTuple):
     old: str
     new: str
     times: int = 1
+    width: int = 128  # of the heads that kernels with the fault are run on
 
     def planted(self, text: str) -> str:
         """The text of the file with the fault in it."""
@@ -24,6 +25,7 @@ class Fault(NamedTuple):
 
 
 FORWARD, BACKWARD = "kernels/forward.h", "kernels/backward.h"
+SCORES, GRADIENTS = "kernels/backward_scores.h", "kernels/backward_gradients.h"
 TILE, VISIBILITY = "kernels/tile.h", "kernels/visibility.h"
 
 FAULTS = (
@@ -66,13 +68,13 @@ FAULTS = (
     ),
     Fault(
         "leading distance of queries",
-        BACKWARD,
+        GRADIENTS,
         "layout.queries(0), kQueries * kRowBytes",
         "layout.queries(0), 16",
     ),
     Fault(
         "halves of the keys",
-        BACKWARD,
+        GRADIENTS,
         "kSplitsColumns ? half : 0)",
         "kSplitsColumns ? 0 : 0)",
     ),
@@ -160,19 +162,19 @@ FAULTS = (
     ),
     Fault(
         "no wait for dO",
-        BACKWARD,
+        GRADIENTS,
         "if (i + 1 < tile.steps) mbarrier_wait(layout.outputs_full",
         "if (false) mbarrier_wait(layout.outputs_full",
     ),
     Fault(
         "dQ read early",
-        BACKWARD,
+        GRADIENTS,
         "wgmma_wait<1>(); pin(dQ);",
         "pin(dQ);",
     ),
     Fault(
         "dP read early",
-        BACKWARD,
+        GRADIENTS,
         "wgmma_wait<1>(); pin(dP);",
         "wgmma_wait<2>(); pin(dP);",
     ),
@@ -222,13 +224,13 @@ FAULTS = (
     ),
     Fault(
         "no fence of dS",
-        BACKWARD,
+        GRADIENTS,
         "fence_proxy_async_shared(); wgmma_wait<1>();",
         "wgmma_wait<1>();",
     ),
     Fault(
         "no fence of dQ",
-        BACKWARD,
+        SCORES,
         "fence_proxy_async_shared(); named_barrier_arrive",
         "named_barrier_arrive",
     ),
@@ -259,26 +261,26 @@ FAULTS = (
     ),
     Fault(
         "queries of this step given back",
-        BACKWARD,
+        GRADIENTS,
         "release(layout.queries_empty(before))",
         "release(layout.queries_empty(query_ring.stage))",
     ),
     Fault(
         "dO given back early",
-        BACKWARD,
-        "wgmma_wait<1>(); release(layout.outputs_empty(output_ring.stage));",
-        "release(layout.outputs_empty(output_ring.stage)); wgmma_wait<1>();",
+        GRADIENTS,
+        "wgmma_wait<1>(); scores.release(layout.outputs_empty(output_ring.stage)); named_barrier_sync",
+        "scores.release(layout.outputs_empty(output_ring.stage)); wgmma_wait<1>(); named_barrier_sync",
     ),
     Fault(
         "one buffer for dS",
-        BACKWARD,
-        "buffer *",
-        "0 *",
-        4,
+        GRADIENTS,
+        "i & 1",
+        "0",
+        7,
     ),
     Fault(
         "dQ's buffer not waited for",
-        BACKWARD,
+        SCORES,
         "if (used_before) named_barrier_sync",
         "if (false) named_barrier_sync",
     ),
@@ -303,9 +305,9 @@ FAULTS = (
     ),
     Fault(
         "halves of dS not waited for",
-        BACKWARD,
-        "named_barrier_sync(kScoresReady, kBothWarpgroups);",
-        "",
+        GRADIENTS,
+        "named_barrier_sync(kScoresReady, kBothWarpgroups); start_query_gradient(i & 1); start_key",
+        "start_query_gradient(i & 1); start_key",
     ),
     Fault(
         "more registers than there are",
@@ -364,13 +366,13 @@ FAULTS = (
     ),
     Fault(
         "columns of log-sums",
-        BACKWARD,
+        SCORES,
         "layout.log_sums(0) + stage * Layout::kTermBytes + 4 * column",
         "layout.log_sums(0) + stage * Layout::kTermBytes",
     ),
     Fault(
         "left bound of the backward",
-        BACKWARD,
+        SCORES,
         "key(r) - first + p.mask.left;",
         "key(r) - first + p.mask.left - 1;",
     ),
@@ -401,14 +403,93 @@ FAULTS = (
     ),
     Fault(
         "swizzle of dS",
-        BACKWARD,
+        SCORES,
         "((lane >> 4) ^ (lane & 7)) << 4",
         "(lane >> 4) << 4",
     ),
     Fault(
         "rows of dS",
+        SCORES,
+        "first + 16 * warp + lane % 16",
+        "first + 16 * warp + lane % 8",
+    ),
+    # Heads so wide that the warpgroups of the backward share their keys.
+    Fault(
+        "weights not waited for",
+        GRADIENTS,
+        "named_barrier_sync(kWeightsReady, kBothWarpgroups);",
+        "",
+        width=256,
+    ),
+    Fault(
+        "one buffer for weights and dS",
+        GRADIENTS,
+        "i & 1",
+        "0",
+        7,
+        width=256,
+    ),
+    Fault(
+        "rows of weights",
+        GRADIENTS,
+        "scores.warp * 16 * kRowBytes",
+        "scores.warp * 8 * kRowBytes",
+        width=256,
+    ),
+    Fault(
+        "shared dS not waited for",
+        GRADIENTS,
+        "named_barrier_sync(kScoresReady, kBothWarpgroups); start_query_gradient(i & 1); wgmma",
+        "start_query_gradient(i & 1); wgmma",
+        width=256,
+    ),
+    Fault(
+        "no fence of shared dS",
+        GRADIENTS,
+        "fence_proxy_async_shared(); mbarrier_wait",
+        "mbarrier_wait",
+        width=256,
+    ),
+    Fault(
+        "no wait for the only dO",
+        GRADIENTS,
+        "mbarrier_wait(layout.outputs_full(output_ring.stage), output_ring.parity); start_gradient",
+        "start_gradient",
+        width=256,
+    ),
+    Fault(
+        "rows of a gradient given back early",
+        GRADIENTS,
+        "wgmma_wait<1>(); scores.release(OfValues",
+        "scores.release(OfValues",
+        width=256,
+    ),
+    Fault(
+        "wide dQ read early",
+        GRADIENTS,
+        "wgmma_wait<0>(); pin(dQ);",
+        "wgmma_wait<1>(); pin(dQ);",
+        width=256,
+    ),
+    Fault(
+        "second block of dQ not waited for",
+        GRADIENTS,
+        "give_query_gradient<1>(dQ, kWarpgroup, true)",
+        "give_query_gradient<1>(dQ, kWarpgroup, false)",
+        width=256,
+    ),
+    Fault(
+        "columns of the second warpgroup",
+        GRADIENTS,
+        "kFirstBlock * kKeys",
+        "0 * kKeys",
+        width=256,
+    ),
+    Fault(
+        "blocks of dQ that the writer knows of",
         BACKWARD,
-        "16 * warp + lane % 16",
-        "16 * warp + lane % 8",
+        "if (++block == blocks)",
+        "if (true)",
+        width=256,
     ),
 )

@@ -32,7 +32,7 @@ MASKS: tuple[dict[str, Any], ...] = (
 LENGTHS = ((1, 1), (3, 513), (64, 128), (239, 1), (113, 203), (384, 256), (1023, 1024), (1024, 1023))
 PROGRAM = """
 import torch, longattn
-for width in (64, 128):
+for width in (64, 128, 256):
     q, k, v = (torch.randn(1, 2, 200, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     for keywords in ({}, {"causal": True, "window": 60, "sinks": 3, "deterministic": True}):
         longattn.attention(q, k, v, backend="cuda", **keywords).sum().backward()
@@ -48,7 +48,7 @@ def on_gpu(*arguments: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     ("lengths", "mask", "heads", "width", "dtype"),
-    drawn(LENGTHS, MASKS, ((2, 2), (4, 1)), (64, 96, 128), (torch.bfloat16, torch.float16), rounds=4),
+    drawn(LENGTHS, MASKS, ((2, 2), (4, 1)), (64, 96, 128, 192, 256), (torch.bfloat16, torch.float16), rounds=4),
 )
 def test_random_calls(
     lengths: tuple[int, int], mask: dict[str, Any], heads: tuple[int, int], width: int, dtype: torch.dtype

@@ -53,7 +53,7 @@ struct OwnKeysConsumer {
       start_value_gradient();
       wgmma_wait<1>();
       pin(dP);
-      if (i > 0) release(layout.queries_empty(before));
+      if (i > 0) scores.release(layout.queries_empty(before));
       scores.make_score_gradient(dP, weights, dS, output_ring.stage, i & 1, 64 * warpgroup);
       const uint32_t stage = query_ring.stage;
       query_ring.advance();
@@ -61,7 +61,7 @@ struct OwnKeysConsumer {
       start_scores(query_ring.stage);  // of the next step; after the last, of an old tile, and not used
       fence_proxy_async_shared();
       wgmma_wait<1>();
-      release(layout.outputs_empty(output_ring.stage));
+      scores.release(layout.outputs_empty(output_ring.stage));
       named_barrier_sync(kScoresReady, kBothWarpgroups);
       start_query_gradient(i & 1);
       start_key_gradient(i & 1, stage);
@@ -187,7 +187,7 @@ struct SharedKeysConsumer {
         mbarrier_wait(layout.queries_full(query_ring.stage), query_ring.parity);
         multiply_tiles(layout.keys(), layout.queries(0) + query_ring.stage * Layout::kQueryBytes);
         scores.softmax(X, F, weights, query_ring.stage, step.m);
-        release(layout.queries_empty(query_ring.stage));
+        scores.release(layout.queries_empty(query_ring.stage));
         give_weights(i & 1);
         mbarrier_wait(layout.outputs_full(output_ring.stage), output_ring.parity);
         start_gradient(layout.outputs(0) + output_ring.stage * Layout::kQueryBytes);
@@ -196,7 +196,7 @@ struct SharedKeysConsumer {
         multiply_tiles(layout.values(), layout.outputs(0) + output_ring.stage * Layout::kQueryBytes);
         take_weights(i & 1);
         scores.make_score_gradient(X, weights, F, output_ring.stage, i & 1, 0);
-        release(layout.outputs_empty(output_ring.stage));
+        scores.release(layout.outputs_empty(output_ring.stage));
         fence_proxy_async_shared();
         mbarrier_wait(layout.queries_full(query_ring.stage), query_ring.parity);
         start_gradient(layout.queries(0) + query_ring.stage * Layout::kQueryBytes);
@@ -204,7 +204,7 @@ struct SharedKeysConsumer {
       named_barrier_sync(kScoresReady, kBothWarpgroups);
       start_query_gradient(i & 1);
       wgmma_wait<1>();
-      release(OfValues ? layout.outputs_empty(output_ring.stage) : layout.queries_empty(query_ring.stage));
+      scores.release(OfValues ? layout.outputs_empty(output_ring.stage) : layout.queries_empty(query_ring.stage));
       wgmma_wait<0>();
       pin(dQ);
       scores.template give_query_gradient<0>(dQ, kWarpgroup, i > 0);

@@ -23,6 +23,11 @@ struct BackwardScores {
 
   LONGATTN_DEVICE int key(int r) const { return first_key + 16 * warp + lane / 4 + 8 * r; }
 
+  LONGATTN_DEVICE void release(uint32_t barrier) const {
+    sync_warp();
+    if (lane == 0) mbarrier_arrive(barrier);
+  }
+
   // S^T becomes P^T, in fragments; `weights` are P times the derivative of the softcap, if there may be one.
   LONGATTN_DEVICE void softmax(Accumulator& S, Fragments& P, Fragments& weights, uint32_t stage, int m) const {
     if constexpr (Config::kGeneral) {

@@ -341,6 +341,11 @@ struct ForwardConsumer {
     return from_lane(t, 0);
   }
 
+  LONGATTN_DEVICE void release(uint32_t barrier) {
+    sync_warp();
+    if (lane == 0) mbarrier_arrive(barrier);
+  }
+
   LONGATTN_DEVICE void attend(const ForwardTile& tile) {
     const KeyTiles& keys = tile.keys;
     mbarrier_wait(layout.queries_full(), query_parity);

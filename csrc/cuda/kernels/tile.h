@@ -81,12 +81,6 @@ LONGATTN_DEVICE void wait_as_warp(uint32_t barrier, uint32_t parity) {
   sync_warp();
 }
 
-// A whole warp needs a buffer no longer.
-LONGATTN_DEVICE void release(uint32_t barrier) {
-  sync_warp();
-  if (thread_index() % 32 == 0) mbarrier_arrive(barrier);
-}
-
 LONGATTN_DEVICE uint16_t* row_of(const LongattnRows& x, int batch, int head, int token) {
   return static_cast<uint16_t*>(x.data) + batch * x.batch + head * x.head + token * x.token;
 }

@@ -155,7 +155,7 @@ def test_rows_of_packed_sequences_have_room(host: Any) -> None:
 def test_tables(host: Any) -> None:
     widths = [host.host_padded_width(0, width) for width in (1, 64, 65, 96, 100, 130, 192, 256, 257)]
     assert widths == [64, 64, 96, 96, 128, 192, 192, 256, 0]
-    assert [host.host_padded_width(1, width) for width in (64, 96, 128, 129)] == [64, 128, 128, 0]
+    assert [host.host_padded_width(1, width) for width in (64, 96, 129, 193, 257)] == [64, 128, 192, 256, 0]
     assert [host.host_padded_width(2, width) for width in (8, 96, 200)] == [64, 128, 256]
 
 
