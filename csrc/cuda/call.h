@@ -28,6 +28,8 @@ struct LongattnCall {
   const int32_t* cu_seqlens_q;  // [batch + 1]: packed sequences; tensors have one batch row
   const int32_t* cu_seqlens_k;
   int32_t max_seqlen_q, max_seqlen_k;
+  const int32_t *lo, *hi;  // [nq] or [batch, nq]: a query sees keys of [lo, hi) only
+  int32_t bounds_batch;    // stride of lo and hi
 
   float scale, softcap;      // softcap 0: none
   const float* sink_logits;  // [q_heads]

@@ -97,6 +97,10 @@ def test_attention_with_rope(engine: Engine) -> None:
 
 
 def test_what_it_refuses(engine: Engine) -> None:
+    bounded = [x.requires_grad_() for x in random_qkv(1, (2, 1), (5, 5), 64, torch.bfloat16)]
+    with pytest.raises(Unsupported, match="bounds with softcap"):
+        bounds = (torch.zeros(5, dtype=torch.int32), torch.full((5,), 3, dtype=torch.int32))
+        longattn.attention(*bounded, backend="cuda", bounds=bounds, softcap=2.0)
     q, k, v = random_qkv(1, (2, 1), (5, 5), 64, torch.bfloat16)
     for keywords in ({"alibi_slopes": torch.rand(2)}, {"dropout_p": 0.1}, {"bias": torch.randn(5, 5)}):
         with pytest.raises(Unsupported, match=next(iter(keywords)).removesuffix("_p")):

@@ -40,6 +40,19 @@ def draw(rng: random.Random) -> dict[str, Any]:
     return keywords
 
 
+def drawn_bounds(rng: random.Random, batch: int, nq: int, nk: int) -> tuple[Tensor, Tensor]:
+    """Documents, chunks with all before them, or anything; for each sequence, or for all."""
+    starts = torch.tensor(sorted(rng.sample(range(nk), min(3, nk))))
+    document = torch.searchsorted(starts, torch.arange(nq), right=True)
+    edges = torch.cat((torch.tensor([-5]), starts, torch.tensor([nk + 7])))
+    kind = rng.choice(("documents", "chunks", "any"))
+    if kind == "any":
+        lo = torch.randint(-9, nk + 1, (batch, nq))
+        return lo.int(), (lo + torch.randint(0, nk + 9, (batch, nq))).int()
+    hi = edges[document + 1].int()
+    return (edges[document] if kind == "documents" else torch.zeros(nq)).int(), hi
+
+
 def configured(engine: Engine, rng: random.Random) -> None:
     engine.configure(
         rng.randrange(3), rng.randrange(1, 1000), rng.randint(1, 3), 128 * rng.randrange(8), rng.randint(1, 4)
@@ -71,11 +84,25 @@ def test_random_call(engine: Engine, number: int, request: pytest.FixtureRequest
     q, k, v = (laid_out(x, rng.choice(LAYOUTS)) for x in random_qkv(batch, heads, (nq, nk), widths, dtype))
     if rng.random() < 0.2:
         keywords["key_mask"] = torch.rand(batch, nk) < rng.random()
+    if rng.random() < 0.15:
+        keywords["bounds"] = drawn_bounds(rng, batch, nq, nk)
+        if keywords.get("softcap") or keywords.get("scale", 1.0) <= 0:
+            keywords = {name: x for name, x in keywords.items() if name not in ("softcap", "scale")}
     if rng.random() < 0.2:
         keywords["key_lens"] = torch.randint(0, nk + 1, (batch,))
         if isinstance(keywords.get("align"), int):
             keywords["align"] = torch.randint(-9, 30, (batch,))
     check_attention(q, k, v, backend="cuda", **keywords)
+
+
+@pytest.mark.parametrize("width", [64, 128, 192, 256])
+def test_bounds_narrow_what_is_visited(engine: Engine, width: int) -> None:
+    """Documents far from each other, in an order of their own: most tiles of keys are seen by few tiles of queries."""
+    torch.manual_seed(5)
+    q, k, v = random_qkv(1, (2, 1), (300, 500), width, torch.bfloat16)
+    start = torch.tensor([400, 0, 250]).repeat_interleave(100).int()
+    for keywords in ({}, {"window": (90, 90), "sinks": 5}):
+        check_attention(q, k, v, backend="cuda", bounds=(start, start + 100), **keywords)
 
 
 @pytest.mark.parametrize("seed", range(1, 13))

@@ -11,7 +11,7 @@ constexpr BackwardRow kBackward = backward_row(kWidth);
 using Windowed = ForwardConfig<BFloat16, kWidth, kWindowed.warpgroups, kWindowed.keys, Kind::kWindowed>;
 using General = ForwardConfig<BFloat16, kWidth, kGeneral.warpgroups, kGeneral.keys, Kind::kGeneral>;
 using Backward = BackwardConfig<BFloat16, kWidth, kBackward.queries, kBackward.keys, kBackward.query_stages,
-                                kBackward.output_stages, false>;
+                                kBackward.output_stages, BackwardKind::kPlain>;
 
 extern "C" {
 
@@ -27,7 +27,7 @@ const char* longattn_cuda_backward(const LongattnCall* call) { return launch_bac
 void longattn_cuda_workspace(const LongattnCall* call, LongattnWorkspace* sizes) {
   const int64_t tiles = static_cast<int64_t>(call->q_heads) * row_tiles(*call, Backward::kQueries).of_head;
   const int64_t blocks = tiles * Backward::kBlocks;
-  *sizes = {blocks, 2 * tiles * Backward::kQueries, blocks * Backward::kBlock, 0, 0};
+  *sizes = {blocks, row_term_count(*call, Backward::kQueries), blocks * Backward::kBlock, 0, 0};
 }
 
 const char* longattn_cuda_append(const LongattnCall*) { return "not in this library"; }

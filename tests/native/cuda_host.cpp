@@ -51,6 +51,40 @@ int host_key_tiles(int left, int right, int sinks, int shift, int nk, int first,
   return tiles.count();
 }
 
+// The same for queries whose bounds lie in [low, high).
+int host_key_tiles_within(int left, int right, int sinks, int shift, int nk, int first, int last, int size, int low,
+                          int high, int* to) {
+  const Sequence s{0, 0, last + 1, 0, nk, shift};
+  const KeyTiles all = key_tiles(mask(left, right, sinks), s, shift + first, shift + last, size);
+  const KeyTiles tiles = within(all, {low, high}, size);
+  for (int i = 0; i < tiles.count(); ++i) to[i] = tiles.at(i);
+  return tiles.count();
+}
+
+// Of query i of sequence b.
+void host_bounds(int nq, int nk, const int32_t* lo, const int32_t* hi, int batch_stride, int b, int i, int* to) {
+  LongattnCall call{};
+  call.nq = nq;
+  call.nk = nk;
+  call.lo = lo;
+  call.hi = hi;
+  call.bounds_batch = batch_stride;
+  const Visibility v = visibility(call);
+  const Bounds bounds = bounds_of(v, b, sequence(v, b), i);
+  to[0] = bounds.low;
+  to[1] = bounds.high;
+}
+
+int64_t host_row_term_count(int q_heads, int batch, int nq, int bounded, int queries) {
+  LongattnCall call{};
+  const int32_t bound = 0;
+  call.q_heads = q_heads;
+  call.batch = batch;
+  call.nq = nq;
+  call.lo = bounded ? &bound : nullptr;
+  return row_term_count(call, queries);
+}
+
 void host_query_tiles(int left, int right, int sinks, int shift, int nq, int nk, int n, int keys, int size, int* to) {
   const QueryTiles tiles = query_tiles(mask(left, right, sinks), {0, 0, nq, 0, nk, shift}, n, keys, size);
   to[0] = tiles.first;

@@ -23,7 +23,16 @@ LONGATTN_DEVICE float2 load_shared_pair(uint32_t address) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
   return x;
 }
-LONGATTN_DEVICE uint4 load_shared_words(uint32_t address) {
+template <class Words>
+LONGATTN_DEVICE Words load_shared_words(uint32_t address);
+template <>
+LONGATTN_DEVICE uint2 load_shared_words<uint2>(uint32_t address) {
+  uint2 x;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+  return x;
+}
+template <>
+LONGATTN_DEVICE uint4 load_shared_words<uint4>(uint32_t address) {
   uint4 x;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)

@@ -32,7 +32,9 @@ const char* launch_backward(const LongattnCall& call) {
   p.mask = visibility(call);
   p.rows = row_tiles(call, Config::kQueries);
   p.log_sums = call.row_terms;
-  p.delta = call.row_terms + static_cast<int64_t>(call.q_heads) * p.rows.of_head * Config::kQueries;
+  const int64_t rows_of_all = static_cast<int64_t>(call.q_heads) * p.rows.of_head * Config::kQueries;
+  p.delta = call.row_terms + BackwardLayout<Config>::kQueryTerms * rows_of_all;
+  p.tile_bounds = reinterpret_cast<Bounds*>(p.delta + rows_of_all);
   p.dq_sum = call.dq_sum;
   p.turns = call.counters;
   p.q_heads = call.q_heads;
@@ -63,17 +65,20 @@ const char* launch_backward(const LongattnCall& call) {
                 call.stream, p);
 }
 
-template <class Element, int Width, bool General>
+template <class Element, int Width, BackwardKind Kind>
 const char* backward_of_kind(const LongattnCall& call) {
   constexpr BackwardRow kRow = backward_row(Width);
   return launch_backward<
-      BackwardConfig<Element, Width, kRow.queries, kRow.keys, kRow.query_stages, kRow.output_stages, General>>(call);
+      BackwardConfig<Element, Width, kRow.queries, kRow.keys, kRow.query_stages, kRow.output_stages, Kind>>(call);
 }
 
 template <class Element, int Width>
 const char* backward_of_element(const LongattnCall& call) {
-  return has_other_scores(call) ? backward_of_kind<Element, Width, true>(call)
-                                : backward_of_kind<Element, Width, false>(call);
+  if (has_other_scores(call))
+    return call.lo ? "bounds and other scores have no kernel of their own"
+                   : backward_of_kind<Element, Width, BackwardKind::kGeneral>(call);
+  return call.lo ? backward_of_kind<Element, Width, BackwardKind::kBounded>(call)
+                 : backward_of_kind<Element, Width, BackwardKind::kPlain>(call);
 }
 
 template <int Width>

@@ -53,7 +53,7 @@ const char* launch_forward(const LongattnCall& call) {
 template <class Element, int Width>
 const char* forward_of_element(const LongattnCall& call) {
   constexpr ForwardRow kRow = forward_row(Width);
-  if (has_other_scores(call) || call.key_mask)
+  if (has_other_scores(call) || call.key_mask || call.lo)
     return launch_forward<ForwardConfig<Element, Width, kRow.general.warpgroups, kRow.general.keys, Kind::kGeneral>>(
         call);
   if (is_windowed(visibility(call)))

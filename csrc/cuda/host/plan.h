@@ -38,6 +38,9 @@ inline Visibility visibility(const LongattnCall& call) {
           call.cu_seqlens_q,
           call.cu_seqlens_k,
           call.query_lens,
+          call.lo,
+          call.hi,
+          call.bounds_batch,
           call.nq,
           call.nk};
 }
@@ -74,6 +77,15 @@ inline int cache_piece(const LongattnCall& call, int keys) {
   if (call.table_width == 1) return keys;
   const int piece = std::gcd(call.page_size, keys);
   return piece % 8 ? 0 : piece;
+}
+
+// Numbers that come with each query of the backward: its log-sum, and its bounds.
+inline int query_terms(const LongattnCall& call) { return call.lo ? 3 : 1; }
+
+// Entries that those take of all queries, and deltas; and the bounds of each tile of queries.
+inline int64_t row_term_count(const LongattnCall& call, int queries) {
+  const int64_t tiles = row_tiles(call, queries).of_head;
+  return call.q_heads * tiles * queries * (query_terms(call) + 1) + (call.lo ? 2 * tiles : 0);
 }
 
 // Blocks that share the keys of a tile of queries on a cache: enough for all processors, none with less than 4 tiles.

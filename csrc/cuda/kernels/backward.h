@@ -60,27 +60,28 @@ struct BackwardProducer {
   LONGATTN_DEVICE void fetch_queries(const Step& step) {
     const int stage = query_ring.stage;
     wait_as_warp(layout.queries_empty(stage), query_ring.parity);
-    fetch_rows(step, &p.q, layout.queries(stage), p.log_sums, layout.log_sums(stage), layout.queries_full(stage));
+    fetch_rows(step, &p.q, layout.queries(stage), p.log_sums, Layout::kQueryTerms, layout.log_sums(stage),
+               layout.queries_full(stage));
     query_ring.advance();
   }
 
   LONGATTN_DEVICE void fetch_outputs(const Step& step) {
     const int stage = output_ring.stage;
     wait_as_warp(layout.outputs_empty(stage), output_ring.parity);
-    fetch_rows(step, &p.dout, layout.outputs(stage), p.delta, layout.delta(stage), layout.outputs_full(stage));
+    fetch_rows(step, &p.dout, layout.outputs(stage), p.delta, 1, layout.delta(stage), layout.outputs_full(stage));
     output_ring.advance();
   }
 
-  // A tile of rows and the numbers that go with them.
-  LONGATTN_DEVICE void fetch_rows(const Step& step, const TensorMap* map, uint32_t to, const float* terms,
+  // A tile of rows, and so many numbers that go with each.
+  LONGATTN_DEVICE void fetch_rows(const Step& step, const TensorMap* map, uint32_t to, const float* terms, int count,
                                   uint32_t terms_to, uint32_t full) {
     const bool clear = p.mask.cu_seqlens_q && (step.m + 1) * kQueries > tile.s.nq;
     const uint32_t barrier = clear ? layout.landed() : full;
     if (lane == 0) {
-      mbarrier_arrive_expect(barrier, Layout::kQueryBytes + Layout::kTermBytes);
+      mbarrier_arrive_expect(barrier, Layout::kQueryBytes + count * Layout::kTermBytes);
       fetch<kQueries, kWidth>(to, map, barrier, tile.s.q_start + step.m * kQueries, tile.kv_head * p.group + step.g,
                               tile.s.row, kEvictLast);
-      bulk_load(terms_to, terms + row_tile(p, tile, step) * kQueries, Layout::kTermBytes, barrier);
+      bulk_load(terms_to, terms + row_tile(p, tile, step) * count * kQueries, count * Layout::kTermBytes, barrier);
     }
     if (!clear) return;
     wait_landed();
@@ -170,7 +171,7 @@ backward_kernel(LONGATTN_PARAMS BackwardParams p) {
   }
 }
 
-// A block per tile of queries and head, before: log-sums and deltas of its rows; zeros in its part of dq_sum.
+// A block per tile of queries and head, before: the terms of its rows, and zeros in its part of dq_sum.
 constexpr int kTermThreads = 256;
 
 template <class Config>
@@ -212,8 +213,19 @@ row_terms_kernel(LONGATTN_PARAMS BackwardParams p) {
     } else {
       delta = 0.0f;
     }
-    p.log_sums[tile * Config::kQueries + r] = log_sum;
+    float* terms = p.log_sums + tile * BackwardLayout<Config>::kQueryTerms * Config::kQueries + r;
+    *terms = log_sum;
     p.delta[tile * Config::kQueries + r] = delta;
+    if constexpr (Config::kBounded) {
+      const Bounds bounds = bounds_of(p.mask, at.z, s, i);
+      reinterpret_cast<int*>(terms)[Config::kQueries] = bounds.low;
+      reinterpret_cast<int*>(terms)[2 * Config::kQueries] = bounds.high;
+    }
+  }
+  if (Config::kBounded && at.y == 0 && thread_index() < 32) {
+    const int last = smaller((at.x + 1) * Config::kQueries, s.nq) - 1;
+    const Bounds all = bounds_of_all(p.mask, at.z, s, at.x * Config::kQueries, last);
+    if (thread_index() == 0) p.tile_bounds[tile] = all;
   }
 }
 

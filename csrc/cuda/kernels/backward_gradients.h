@@ -270,7 +270,7 @@ struct SharedKeysConsumer {
     named_barrier_sync(kWeightsReady, kBothWarpgroups);
 #pragma unroll
     for (int i = 0; i < kQueries / 16; ++i) {
-      const uint4 four = load_shared_words(weights_at(buffer, i));
+      const uint4 four = load_shared_words<uint4>(weights_at(buffer, i));
       weights[4 * i] = four.x;
       weights[4 * i + 1] = four.y;
       weights[4 * i + 2] = four.z;

@@ -10,9 +10,11 @@ struct alignas(128) BackwardParams {
   TensorMap q, k, v, dout;
   LongattnRows out_rows, dout_rows, dq, dk, dv;
   const float *lse, *dlse;
-  float *log_sums, *delta;  // of RowTiles' rows: log2(e) lse, and +inf where nobody looks; delta
-  float* dq_sum;            // of RowTiles' tiles: blocks [64 x 64], each in the order of an accumulator
-  int32_t* turns;           // of each block: tiles of keys that were added; deterministic only
+  // Of RowTiles' rows, tile by tile: log2(e) lse, and +inf where nobody looks; then, with bounds, both; and delta.
+  float *log_sums, *delta;
+  Bounds* tile_bounds;  // of RowTiles' tiles of one head
+  float* dq_sum;        // of RowTiles' tiles: blocks [64 x 64], each in the order of an accumulator
+  int32_t* turns;       // of each block: tiles of keys that were added; deterministic only
   Visibility mask;
   RowTiles rows;
   int q_heads, kv_heads, group, head_dim, v_head_dim, deterministic, ragged;
@@ -20,11 +22,18 @@ struct alignas(128) BackwardParams {
   float softcap_rate, curvature;  // 2 log2(e) / softcap, 1 / softcap^2; 0 without one
 };
 
-template <class Element_, int Width_, int Queries_, int Keys_, int QueryStages_, int OutputStages_, bool General_>
+// What a kernel is compiled for. Not both: neither leaves the registers that the other needs.
+enum class BackwardKind : int {
+  kPlain,
+  kGeneral,  // scores that are more than products times a positive scale
+  kBounded   // bounds
+};
+
+template <class Element_, int Width_, int Queries_, int Keys_, int QueryStages_, int OutputStages_, BackwardKind Kind_>
 struct BackwardConfig {
   using Element = Element_;
   static constexpr int kWidth = Width_, kQueries = Queries_, kKeys = Keys_, kThreads = 384;
-  static constexpr bool kGeneral = General_;        // scores are more than products times a positive scale
+  static constexpr bool kGeneral = Kind_ == BackwardKind::kGeneral, kBounded = Kind_ == BackwardKind::kBounded;
   static constexpr bool kSharesKeys = kKeys == 64;  // one gradient of all keys a warpgroup; else both, of 64 keys each
   static constexpr int kQueryStages = QueryStages_, kOutputStages = OutputStages_;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -44,10 +53,12 @@ struct BackwardLayout {
   static constexpr int kQueryBytes = tile_bytes(Config::kQueries, Config::kWidth);
   static constexpr int kScoreBytes = tile_bytes(Config::kKeys, Config::kQueries);
   static constexpr int kTermBytes = Config::kQueries * 4, kSumBytes = Config::kBlock * 4;
+  static constexpr int kQueryTerms = Config::kBounded ? 3 : 1;  // numbers that come with a query
   static constexpr int kKeys = 0, kValues = kKeys + kKeyBytes, kQueries = kValues + kKeyBytes;
   static constexpr int kOutputs = kQueries + kQueryStages * kQueryBytes;
   static constexpr int kScores = kOutputs + kOutputStages * kQueryBytes, kSums = kScores + 2 * kScoreBytes;
-  static constexpr int kLogSums = kSums + 2 * kSumBytes, kDelta = kLogSums + kQueryStages * kTermBytes;
+  static constexpr int kLogSums = kSums + 2 * kSumBytes;
+  static constexpr int kDelta = kLogSums + kQueryStages * kQueryTerms * kTermBytes;
   static constexpr int kBarriers = kDelta + kOutputStages * kTermBytes;
   static constexpr int kBytes = kBarriers + 8 * (3 + 2 * kQueryStages + 2 * kOutputStages) + 1024;
   static_assert(kBytes <= 232448);
@@ -60,7 +71,7 @@ struct BackwardLayout {
   LONGATTN_DEVICE uint32_t outputs(int stage) const { return base + kOutputs + stage * kQueryBytes; }  // dO
   LONGATTN_DEVICE uint32_t scores(int buffer) const { return base + kScores + buffer * kScoreBytes; }  // dS^T
   LONGATTN_DEVICE uint32_t sums(int warpgroup) const { return base + kSums + warpgroup * kSumBytes; }  // dQ
-  LONGATTN_DEVICE uint32_t log_sums(int stage) const { return base + kLogSums + stage * kTermBytes; }
+  LONGATTN_DEVICE uint32_t log_sums(int stage) const { return base + kLogSums + stage * kQueryTerms * kTermBytes; }
   LONGATTN_DEVICE uint32_t delta(int stage) const { return base + kDelta + stage * kTermBytes; }
 
   LONGATTN_DEVICE uint32_t barrier(int i) const { return base + kBarriers + 8 * i; }
@@ -109,6 +120,18 @@ struct BackwardTile {
   int steps, first_row_tile;
 };
 
+// Of its tiles of queries, from the first to the last whose bounds let them see some of so many keys.
+LONGATTN_DEVICE QueryTiles within(const BackwardParams& p, const BackwardTile& tile, int keys) {
+  Bounds found{tile.queries.end, tile.queries.first};
+#pragma unroll 1
+  for (int m = tile.queries.first + thread_index() % 32; m < tile.queries.end; m += 32) {
+    const Bounds bounds = p.tile_bounds[tile.first_row_tile + m];
+    if (bounds.low < (tile.n + 1) * keys && bounds.high > tile.n * keys) found = united(found, {m, m + 1});
+  }
+  found = united_in_warp(found);
+  return {smaller(found.low, found.high), found.high};
+}
+
 template <class Config>
 LONGATTN_DEVICE BackwardTile backward_tile(const BackwardParams& p) {
   BackwardTile tile;
@@ -119,8 +142,10 @@ LONGATTN_DEVICE BackwardTile backward_tile(const BackwardParams& p) {
   tile.b = at.z;
   tile.s = sequence(p.mask, tile.b);
   tile.queries = query_tiles(p.mask, tile.s, tile.n, Config::kKeys, Config::kQueries);
-  tile.steps = (tile.queries.end - tile.queries.first) * p.group;
   tile.first_row_tile = p.rows.first(tile.s, tile.b, Config::kQueries);
+  // A deterministic call visits them all, as it has to tell who comes before whom.
+  if (Config::kBounded && !p.deterministic) tile.queries = within(p, tile, Config::kKeys);
+  tile.steps = (tile.queries.end - tile.queries.first) * p.group;
   return tile;
 }
 

@@ -59,7 +59,8 @@ struct BackwardScores {
         }
       }
     }
-    const uint32_t log_sums = layout.log_sums(0) + stage * Layout::kTermBytes + 4 * column;
+    const uint32_t log_sums = layout.log_sums(0) + stage * (Layout::kQueryTerms * Layout::kTermBytes) + 4 * column;
+    if constexpr (Config::kBounded) hide_out_of_bounds(S, log_sums + Layout::kTermBytes);
 #pragma unroll
     for (int j = 0; j < kQueries / 8; ++j) {
       const float2 log_sum = load_shared_pair(log_sums + 32 * j);
@@ -78,6 +79,22 @@ struct BackwardScores {
         P[2 * j + r] = pack<Element>(x[0], x[1]);
         weights[2 * j + r] = Config::kGeneral ? pack<Element>(x[0] * slope[0], x[1] * slope[1]) : P[2 * j + r];
       }
+    }
+  }
+
+  LONGATTN_DEVICE void hide_out_of_bounds(Accumulator& S, uint32_t bounds) const {
+#pragma unroll
+    for (int j = 0; j < kQueries / 8; ++j) {
+      const uint2 low = load_shared_words<uint2>(bounds + 32 * j);
+      const uint2 high = load_shared_words<uint2>(bounds + Layout::kTermBytes + 32 * j);
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int from = static_cast<int>(e ? low.y : low.x), to = static_cast<int>(e ? high.y : high.x);
+          float& s = S[4 * j + 2 * r + e];
+          s = key(r) < from || key(r) >= to ? -kInfinity : s;
+        }
     }
   }
 

@@ -29,8 +29,9 @@ constexpr float kInfinity = __builtin_inff();
 enum class Kind : int {
   kFull,      // every key
   kWindowed,  // causal, windows, sinks
-  kGeneral,   // those, and key_mask, softcap, scales that are not positive
-  kCached     // those but for key_mask, of few queries on a cache: the heads of a group packed in one tile, keys split
+  kGeneral,   // those, and key_mask, bounds, softcap, scales that are not positive
+  kCached     // those but for key_mask and bounds, of few queries on a cache: the heads of a group packed in one tile,
+              // keys split
 };
 
 struct alignas(128) ForwardParams {
@@ -77,8 +78,9 @@ struct ForwardLayout {
   static constexpr int kKeyBytes = tile_bytes(Config::kKeys, Config::kWidth);
   static constexpr int kKeyTiles = kQueryBytes, kValueTiles = kKeyTiles + kStages * kKeyBytes;
   static constexpr int kShownBytes = 32;  // a bit for each key of a tile
+  static constexpr int kBoundBytes = Config::kKind == Kind::kGeneral ? Config::kQueries * 4 : 0;
   static constexpr int kShown = kValueTiles + kStages * kKeyBytes, kTaken = kShown + kStages * kShownBytes;
-  static constexpr int kBarriers = kTaken + 16;
+  static constexpr int kBounds = kTaken + 16, kBarriers = kBounds + 2 * kBoundBytes;
   static constexpr int kBytes = kBarriers + 8 * (3 + 4 * kStages + 4) + 1024;  // and room to align
   static_assert(kBytes <= 232448);
 
@@ -89,6 +91,9 @@ struct ForwardLayout {
   LONGATTN_DEVICE uint32_t values(int stage) const { return base + kValueTiles + stage * kKeyBytes; }
   LONGATTN_DEVICE uint32_t shown(int stage) const { return base + kShown + stage * kShownBytes; }
   LONGATTN_DEVICE uint32_t taken(int slot) const { return base + kTaken + 4 * slot; }
+
+  LONGATTN_DEVICE uint32_t low(int row) const { return base + kBounds + 4 * row; }
+  LONGATTN_DEVICE uint32_t high(int row) const { return base + kBounds + kBoundBytes + 4 * row; }
 
   LONGATTN_DEVICE uint32_t barrier(int i) const { return base + kBarriers + 8 * i; }
   LONGATTN_DEVICE uint32_t queries_full() const { return barrier(0); }
@@ -137,6 +142,20 @@ struct ForwardTile {
   LONGATTN_DEVICE int at(int i) const { return keys.at(first_visit + i); }
 };
 
+LONGATTN_DEVICE Bounds united_in_warp(Bounds all) {
+#pragma unroll
+  for (int bit = 1; bit < 32; bit <<= 1) all = united(all, {from_lane_xor(all.low, bit), from_lane_xor(all.high, bit)});
+  return {from_lane(all.low, 0), from_lane(all.high, 0)};
+}
+
+// Of queries first..last together.
+LONGATTN_DEVICE Bounds bounds_of_all(const Visibility& v, int b, const Sequence& s, int first, int last) {
+  Bounds all{s.nk, 0};
+#pragma unroll 1
+  for (int i = first + thread_index() % 32; i <= last; i += 32) all = united(all, bounds_of(v, b, s, i));
+  return united_in_warp(all);
+}
+
 template <class Config>
 LONGATTN_DEVICE ForwardTile forward_tile(const ForwardParams& p, int t) {
   const int packed = Config::kCached ? p.packed : 1, splits = Config::kCached ? p.splits : 1;
@@ -152,6 +171,8 @@ LONGATTN_DEVICE ForwardTile forward_tile(const ForwardParams& p, int t) {
   const int last = smaller(tile.first_query + Config::kQueries, tile.rows) - 1;
   tile.keys =
       key_tiles(p.mask, tile.s, tile.s.shift + tile.first_query / packed, tile.s.shift + last / packed, Config::kKeys);
+  if (Config::kKind == Kind::kGeneral && p.mask.lo)
+    tile.keys = within(tile.keys, bounds_of_all(p.mask, tile.b, tile.s, tile.first_query, last), Config::kKeys);
   const int share = ceil_divided(tile.keys.count(), splits);
   tile.first_visit = tile.split * share;
   tile.visits = tile.first_query > last ? 0 : clamped(tile.keys.count() - tile.first_visit, 0, share);
@@ -198,6 +219,15 @@ struct ForwardProducer {
   LONGATTN_DEVICE void fetch_all(const ForwardTile& tile) {
     wait_as_warp(layout.queries_empty(), query_parity);
     query_parity ^= 1;
+    if (Config::kKind == Kind::kGeneral && p.mask.lo) {
+#pragma unroll 1
+      for (int row = lane; row < Config::kQueries; row += 32) {
+        const Bounds bounds = bounds_of(p.mask, tile.b, tile.s, tile.first_query + row);
+        store_shared(layout.low(row), static_cast<uint32_t>(bounds.low));
+        store_shared(layout.high(row), static_cast<uint32_t>(bounds.high));
+      }
+      sync_warp();
+    }
     if (lane == 0) {
       mbarrier_arrive_expect(layout.queries_full(), Layout::kQueryBytes);
       fetch<Config::kQueries, Config::kWidth>(layout.queries(), &p.q, layout.queries_full(),
@@ -482,6 +512,26 @@ struct ForwardConsumer {
             x = hidden ? -kInfinity : x;
           }
       }
+    }
+    if constexpr (Config::kKind == Kind::kGeneral) {
+      if (p.mask.lo) hide_out_of_bounds(n * kKeys + column);
+    }
+  }
+
+  LONGATTN_DEVICE void hide_out_of_bounds(int first) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = (thread_index() - 128) / 32 * 16 + lane / 4 + 8 * r;
+      const int low = static_cast<int>(load_shared(layout.low(row))) - first;
+      const int high = static_cast<int>(load_shared(layout.high(row))) - first;
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int c = 8 * j + e;
+          float& x = S[4 * j + 2 * r + e];
+          x = c < low || c >= high ? -kInfinity : x;
+        }
     }
   }
 

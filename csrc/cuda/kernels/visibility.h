@@ -17,6 +17,8 @@ struct Visibility {
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;
   const int32_t* query_lens;
+  const int32_t *lo, *hi;  // [nq] or [batch, nq]
+  int bounds_batch;
   int nq, nk;
 };
 
@@ -53,11 +55,25 @@ LONGATTN_HOST_DEVICE bool is_shown(const Visibility& v, int b, const Sequence& s
   return j < s.nk && (!v.key_mask || v.key_mask[static_cast<int64_t>(b) * v.nk + j]);
 }
 
-// The tiles of `size` keys that queries at positions lowest..highest see some key of: [0, sinks), then [first, end); of
-// the latter, all of them see all of [full_first, full_end).
+// A query sees keys of [low, high) only; so do some queries together, of the range from the lowest to the highest.
+struct Bounds {
+  int low, high;
+};
+
+LONGATTN_HOST_DEVICE Bounds united(Bounds a, Bounds b) { return {smaller(a.low, b.low), larger(a.high, b.high)}; }
+
+// Of query i; one past the last has the last one's.
+LONGATTN_HOST_DEVICE Bounds bounds_of(const Visibility& v, int b, const Sequence& s, int i) {
+  if (!v.lo) return {0, s.nk};
+  const int64_t at = static_cast<int64_t>(b) * v.bounds_batch + smaller(i, s.nq - 1);
+  return {clamped(v.lo[at], 0, s.nk), clamped(v.hi[at], 0, s.nk)};
+}
+
+// The tiles of `size` keys that queries at positions lowest..highest see some key of: [first_sink, sinks), then
+// [first, end); of the latter, all of them see all of [full_first, full_end).
 struct KeyTiles {
-  int sinks, first, full_first, full_end, end;
-  LONGATTN_HOST_DEVICE int count() const { return sinks + end - first; }
+  int first_sink, sinks, first, full_first, full_end, end;
+  LONGATTN_HOST_DEVICE int count() const { return sinks - first_sink + end - first; }
   // The i-th tile that a kernel visits: from the last to the first, then the sinks.
   LONGATTN_HOST_DEVICE int at(int i) const { return i < end - first ? end - 1 - i : sinks - 1 - (i - (end - first)); }
 };
@@ -66,11 +82,22 @@ LONGATTN_HOST_DEVICE KeyTiles key_tiles(const Visibility& v, const Sequence& s, 
   const int stop = clamped(highest + v.right + 1, 0, s.nk);
   const int start = clamped(lowest - v.left, 0, stop);
   KeyTiles tiles;
+  tiles.first_sink = 0;
   tiles.first = start / size;
   tiles.end = larger(tiles.first, (stop + size - 1) / size);
   tiles.sinks = smaller((smaller(v.sinks, s.nk) + size - 1) / size, tiles.first);
   tiles.full_end = clamped(clamped(lowest + v.right + 1, 0, s.nk) / size, tiles.first, tiles.end);
   tiles.full_first = clamped((larger(highest - v.left, 0) + size - 1) / size, tiles.first, tiles.full_end);
+  return tiles;
+}
+
+// Those of them that the queries' bounds leave.
+LONGATTN_HOST_DEVICE KeyTiles within(KeyTiles tiles, Bounds bounds, int size) {
+  const int low = bounds.low / size, high = (bounds.high + size - 1) / size;
+  tiles.first_sink = smaller(low, tiles.sinks);
+  tiles.sinks = clamped(high, tiles.first_sink, tiles.sinks);
+  tiles.first = clamped(low, tiles.first, tiles.end);
+  tiles.end = clamped(high, tiles.first, tiles.end);
   return tiles;
 }
 

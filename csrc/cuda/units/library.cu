@@ -28,7 +28,7 @@ LONGATTN_EXPORT void longattn_cuda_workspace(const LongattnCall* call, LongattnW
   if (!call->dout.data || !width) return;
   const int queries = backward_row(width).queries;
   const int64_t tiles = static_cast<int64_t>(call->q_heads) * row_tiles(*call, queries).of_head;
-  sizes->row_terms = 2 * tiles * queries;
+  sizes->row_terms = row_term_count(*call, queries);
   sizes->dq_sum = tiles * queries * width;
   if (call->deterministic) sizes->counters = sizes->dq_sum / kSumBlock;
 }

@@ -200,6 +200,7 @@ def attention_call(library: Library, problem: Problem, tensors: Tensors) -> tupl
         from_end=mask.from_end,
         max_seqlen_q=problem.max_seqlen_q,
         max_seqlen_k=problem.max_seqlen_k,
+        bounds_batch=problem.nq if tensors.lo is not None and tensors.lo.dim() == 2 else 0,
         scale=problem.scale,
         softcap=problem.softcap,
     )
@@ -208,6 +209,8 @@ def attention_call(library: Library, problem: Problem, tensors: Tensors) -> tupl
         ("offsets", tensors.offset),
         ("key_lens", tensors.key_lens),
         ("key_mask", tensors.key_mask),
+        ("lo", tensors.lo),
+        ("hi", tensors.hi),
         ("cu_seqlens_q", tensors.cu_seqlens_q),
         ("cu_seqlens_k", tensors.cu_seqlens_k),
         ("sink_logits", None if tensors.sink_logits is None else tensors.sink_logits.float()),

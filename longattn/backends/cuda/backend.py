@@ -11,7 +11,7 @@ from longattn.problem import CacheTensors, Problem, Slots, Tensors
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _LONGEST = 1 << 29  # positions and window sides are summed in 32 bits
-_REFUSED = ("bounds", "bias", "alibi_slopes", "dropout", "ring", "int8", "tree", "rotate_on_read")
+_REFUSED = ("bias", "alibi_slopes", "dropout", "ring", "int8", "tree", "rotate_on_read")
 
 
 class CudaBackend(Backend):
@@ -38,6 +38,12 @@ class CudaBackend(Backend):
         for name, width in (("head_dim", problem.head_dim), ("v_head_dim", problem.v_head_dim)):
             if width > kernels.widest:
                 found.append(f"{name} is at most {kernels.widest}, not {width}")
+        if (
+            problem.needs_grad
+            and "bounds" in problem.features
+            and ("softcap" in problem.features or problem.scale <= 0)
+        ):
+            found.append("has no gradients of bounds with softcap, or with a scale that is not positive")
         if "cache" in problem.features:
             if problem.storage not in (problem.dtype, torch.int8):  # int8 is refused above
                 found.append(f"reads caches of the call's own {str(problem.dtype)[6:]}, not {str(problem.storage)[6:]}")

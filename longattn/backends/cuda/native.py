@@ -35,6 +35,8 @@ class Call(ctypes.Structure):
         *((name, c_int32) for name in ("left", "right", "sinks", "offset", "from_end")),
         *((name, c_void_p) for name in ("offsets", "key_lens", "key_mask", "cu_seqlens_q", "cu_seqlens_k")),
         *((name, c_int32) for name in ("max_seqlen_q", "max_seqlen_k")),
+        *((name, c_void_p) for name in ("lo", "hi")),
+        ("bounds_batch", c_int32),
         *((name, c_float) for name in ("scale", "softcap")),
         *((name, c_void_p) for name in ("sink_logits", "counters")),
         *((name, Rows) for name in ("dout", "dq", "dk", "dv")),

@@ -101,6 +101,38 @@ def test_tiles_of_keys_are_those_that_are_seen(host: Any) -> None:
                 assert (n + 1) * size <= nk and bool(seen[:, n * size : (n + 1) * size].all())
 
 
+def test_bounds_leave_tiles_of_keys_out(host: Any) -> None:
+    """Of those visited without bounds, the ones that have some key of [low, high), in the same order."""
+    rng = random.Random(3)
+    for _ in range(500):
+        call = (rng.choice((-1, 1, 9)), rng.choice((-1, 0, 9)), rng.choice((0, 9)), rng.randint(-9, 20), 40, 0, 9, 8)
+        low = rng.randint(0, 40)
+        high = rng.randint(low, 40)
+        to = (ctypes.c_int * 64)()
+        every = list(to[: host.host_key_tiles(*call, to)])
+        found = list(to[: host.host_key_tiles_within(*call, low, high, to)])
+        kept = [n for n in every if n * 8 < high and low < (n + 1) * 8]
+        assert found == kept or low == high
+
+
+def test_bounds(host: Any) -> None:
+    lo, hi = (ctypes.c_int32 * 4)(-5, 3, 8, 2), (ctypes.c_int32 * 4)(4, 99, 8, 2**31 - 1)
+
+    def found(batch_stride: int, b: int, i: int) -> list[int]:
+        return numbers(2, host.host_bounds, 2, 10, lo, hi, batch_stride, b, i)
+
+    assert [found(0, 1, i) for i in range(3)] == [[0, 4], [3, 10], [3, 10]]  # cut to the keys; past the last query, its
+    assert [found(2, 1, i) for i in range(2)] == [[8, 8], [2, 10]]
+    assert numbers(2, host.host_bounds, 2, 10, None, None, 0, 0, 1) == [0, 10]
+
+
+def test_workspaces_of_the_backward(host: Any) -> None:
+    count = host.host_row_term_count
+    count.restype = ctypes.c_int64
+    assert count(3, 2, 100, 0, 64) == 3 * 2 * 2 * 64 * 2  # log-sums and deltas
+    assert count(3, 2, 100, 1, 64) == 3 * 2 * 2 * 64 * 4 + 2 * 2 * 2  # and bounds, of queries and tiles
+
+
 def test_tiles_of_queries_and_turns(host: Any) -> None:
     """Every visible pair is visited, and each visitor knows how many come before it in a deterministic backward."""
     rng = random.Random(1)

@@ -15,9 +15,10 @@ inline float2 load_shared_pair(uint32_t address, Location at = Location::here())
   emulator::load_shared(address, &x, 8, at);
   return x;
 }
-inline uint4 load_shared_words(uint32_t address, Location at = Location::here()) {
-  uint4 x;
-  emulator::load_shared(address, &x, 16, at);
+template <class Words>
+Words load_shared_words(uint32_t address, Location at = Location::here()) {
+  Words x;
+  emulator::load_shared(address, &x, sizeof(Words), at);
   return x;
 }
 inline void store_shared(uint32_t address, uint32_t x, Location at = Location::here()) {
