@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,17 @@ def markdown(results: Results) -> str:
         f"{settings['dtype']}; {machine['threads']} threads, {machine['device']}, torch {machine['torch']}, "
         f"longattn {machine['longattn']}.",
     ]
-    if "loss" in found:
-        lines += _section("Loss by position", "Nats per token of the tokens at these positions, each text read once.")
-        lines += _losses(found["loss"], settings["plan"]["bucket"])
+    plan = settings["plan"]
+    losses = _losses(found, plan)
+    if losses:
+        about = "Nats per token of the tokens at these positions, each text read once from the start"
+        if "short_windows" in found:
+            stride = _tokens(plan["stride"])
+            about += f", or in windows of {_tokens(plan['context'])}, each {stride} tokens further than the last"
+        lines += _section("Loss by position", f"{about}.")
+        lines += _loss_table(losses, plan["bucket"])
     if "perplexity" in found:
-        count, stride = settings["plan"]["windows"], settings["plan"]["stride"]
+        count, stride = plan["windows"], plan["stride"]
         about = f"Of the same {count * stride:,} tokens, {stride} at a time, at the end of windows of each length."
         lines += _section("Perplexity by length", about)
         body = [
@@ -72,24 +78,31 @@ def _cost(row: dict[str, Any]) -> tuple[str, ...]:
 def draw(results: Results, folder: Path) -> list[Path]:
     """Write the pictures of what was measured; their places."""
     found, drawn = summary(results), []
-    for task, name, painter in (
-        ("loss", "loss_by_position.png", _draw_losses),
-        ("passkey", "passkey.png", _draw_passkey),
-        ("speed", "cost.png", _draw_cost),
+    for measured, name, painter in (
+        (_losses(found, results.settings["plan"]), "loss_by_position.png", _draw_losses),
+        (found.get("passkey"), "passkey.png", _draw_passkey),
+        (found.get("speed"), "cost.png", _draw_cost),
     ):
-        if task in found:
+        if measured:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
 
             figure = Figure(figsize=(8, 5), layout="constrained")
             FigureCanvasAgg(figure)
-            painter(figure, found[task], results.settings)
+            painter(figure, measured, results.settings)
             figure.savefig(folder / name, dpi=120)
             drawn.append(folder / name)
     return drawn
 
 
-def _losses(rows: list[dict[str, Any]], bucket: int) -> list[str]:
+def _losses(found: Mapping[str, Any], plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The curves of losses by position, each with what it is of."""
+    rows = [{**row, "of": f"{_tokens(row['length'])} tokens"} for row in found.get("loss", ())]
+    rows += [{**row, "of": f"in windows of {_tokens(plan['context'])}"} for row in found.get("short_windows", ())]
+    return rows
+
+
+def _loss_table(rows: list[dict[str, Any]], bucket: int) -> list[str]:
     longest = max(row["length"] for row in rows)
     width = bucket * max(1, math.ceil(longest / bucket / _ROWS))
     body = []
@@ -101,7 +114,7 @@ def _losses(rows: list[dict[str, Any]], bucket: int) -> list[str]:
             weighed = sum(loss * size for loss, size in zip(part, sizes, strict=True))
             cells.append(f"{weighed / sum(sizes):.3f}" if part else "")
         body.append((f"{start:,}-{min(start + width, longest) - 1:,}", *cells))
-    return _table(("position", *(f"{_tokens(row['length'])} tokens" for row in rows)), body)
+    return _table(("position", *(row["of"] for row in rows)), body)
 
 
 def _passkey(rows: list[dict[str, Any]]) -> list[str]:
@@ -118,7 +131,7 @@ def _draw_losses(figure: Any, rows: list[dict[str, Any]], settings: dict[str, An
     axes, bucket = figure.subplots(), settings["plan"]["bucket"]
     for row in rows:
         places = [(at + 0.5) * bucket for at in range(len(row["losses"]))]
-        axes.plot(places, row["losses"], label=f"{_tokens(row['length'])} tokens")
+        axes.plot(places, row["losses"], label=row["of"])
     axes.axvline(settings["trained"], color="gray", linestyle=":", label="trained length")
     axes.set(xlabel="position in the text, tokens", ylabel="loss, nats per token", title=_title(settings))
     axes.legend()
