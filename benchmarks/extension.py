@@ -13,12 +13,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from longattn.cli.eval import token_counts
+from longattn.cli.eval_report import percent, table, tokens_name
 from longattn.evaluation import Results, summary
 
 UNTOUCHED = "untouched"
@@ -76,7 +78,7 @@ def main(
     for length in token_counts("--lengths", lengths):
         factor = max(1.0, length / own)
         for name in chosen:
-            place = out / _tokens(length) / name
+            place = out / tokens_name(length) / name
             if (place / "report.md").exists():
                 continue
             wanted = tasks
@@ -97,7 +99,7 @@ def main(
                 *options,
                 *resume,
             ]
-            click.echo(f"{_tokens(length)}, {name}")
+            click.echo(f"{tokens_name(length)}, {name}")
             done = subprocess.run(
                 [sys.executable, "-m", "longattn", *map(str, command)], capture_output=True, text=True
             )
@@ -105,16 +107,11 @@ def main(
                 raise click.ClickException(f"{name} at {length} tokens: {done.stderr.strip()[-400:]}")
             for picture in place.glob("*.png"):  # of one method; README.md has one of all
                 picture.unlink()
-    found = {
-        length: {
-            name: Results.load(out / _tokens(length) / name / "results.json")
-            for name in METHODS
-            if (out / _tokens(length) / name / "report.md").exists()
-        }
-        for length in sorted(
-            token_counts("out", folder.name)[0] for folder in out.iterdir() if folder.name[:1].isdigit()
-        )
-    }
+    found: dict[int, dict[str, Results]] = {}
+    for length in sorted(token_counts("--out", folder.name)[0] for folder in out.iterdir() if folder.is_dir()):
+        places = {name: out / tokens_name(length) / name for name in METHODS}
+        done_before = {name: place for name, place in places.items() if (place / "report.md").exists()}
+        found[length] = {name: Results.load(place / "results.json") for name, place in done_before.items()}
     (out / "README.md").write_text("\n".join(_page(found, own, out)) + "\n", encoding="utf-8")
 
 
@@ -123,105 +120,99 @@ def _page(found: Mapping[int, Mapping[str, Results]], own: int, out: Path) -> li
     first = next(iter(next(iter(found.values())).values())).settings
     machine = first["machine"]
     lines = [
-        f"# {Path(first['model']).name} beyond {_tokens(own)} tokens, without tuning",
+        f"# {Path(first['model']).name} beyond {tokens_name(own)} tokens, without tuning",
         "",
         f"{first['dtype']}; {machine['threads']} threads, {machine['device']}, torch {machine['torch']}, longattn "
         f"{machine['longattn']}. Seconds are of one reading on a machine that did other things, too; MB are what "
         "reading adds to the weights, at its highest.",
     ]
     for length, by_method in found.items():
-        measured = {name: summary(results) for name, results in by_method.items()}
-        if any("loss" in one for one in measured.values()):
-            lines += _losses(length, own, by_method, measured)
-            _draw(length, own, by_method, measured, out / f"loss-{_tokens(length)}.png")
-            lines += ["", f"![loss by position](loss-{_tokens(length)}.png)"]
-        if any("passkey" in one for one in measured.values()):
-            lines += _passkeys(length, measured)
+        curves = [_Curve.of(name, task, results) for name, results in by_method.items() for task in _LOSSES]
+        measured = [curve for curve in curves if curve is not None]
+        if measured:
+            picture = f"loss-{tokens_name(length)}.png"
+            _draw(length, own, measured, out / picture)
+            lines += ["", f"## Loss by position at {tokens_name(length)}", "", *_losses(length, own, measured)]
+            lines += ["", f"![loss by position]({picture})"]
+        passkeys = {name: summary(results).get("passkey") for name, results in by_method.items()}
+        if any(passkeys.values()):
+            lines += ["", f"## Passkey at {tokens_name(length)}", "", *_passkeys(passkeys)]
     return lines
 
 
-def _losses(
-    length: int, own: int, by_method: Mapping[str, Results], measured: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
-    settings = next(iter(by_method.values())).settings["plan"]
-    bucket, width = settings["bucket"], length // _PARTS
-    lines = ["", f"## Loss by position at {_tokens(length)}", ""]
-    lines += [
-        f"Nats per token, {settings['windows']} windows of text. `below` is the loss of the first {_tokens(own)} ",
-        "",
-    ]
-    lines[-2] = lines[-2] + "tokens over the untouched model's."
-    starts = range(0, length, width)
-    columns = ["method", *(f"{_tokens(at) if at else 0} to {_tokens(at + width)}" for at in starts), "below"]
-    lines += _table_head([*columns, "seconds", "MB"])
+_LOSSES = {"loss": "{name}", "short_windows": "{name}, in windows of {context}"}
 
-    def mean(losses: Sequence[float], start: int, stop: int) -> float:
-        part = losses[start // bucket : stop // bucket]
+
+@dataclass(frozen=True)
+class _Curve:
+    """Losses by position, what they are of, and what a reading took."""
+
+    name: str
+    losses: Sequence[float]
+    bucket: int
+    seconds: float
+    peak_bytes: int
+
+    @classmethod
+    def of(cls, name: str, task: str, results: Results) -> _Curve | None:
+        found = summary(results).get(task)
+        if found is None:
+            return None
+        plan, costs = results.settings["plan"], [cost for _, cost in results.of(task)]
+        context = tokens_name(plan["context"]) if plan["context"] else ""
+        seconds = sum(cost["seconds"] for cost in costs) / len(costs)
+        peak = max(cost["peak_bytes"] or 0 for cost in costs)
+        title = _LOSSES[task].format(name=name, context=context)
+        return cls(title, found[0]["losses"], plan["bucket"], seconds, peak)
+
+    def mean(self, start: int, stop: int) -> float:
+        part = self.losses[start // self.bucket : stop // self.bucket]
         return sum(part) / len(part)
 
-    plain = measured.get(UNTOUCHED, {}).get("loss")
-    for name, one in measured.items():
-        for task in ("loss", "short_windows"):
-            if task not in one:
-                continue
-            losses = one[task][0]["losses"]
-            cells = [cell for cell, _ in by_method[name].of(task)]
-            costs = [cost for _, cost in by_method[name].of(task)]
-            below = "" if plain is None else f"{mean(losses, 0, own) / mean(plain[0]['losses'], 0, own) - 1:+.2%}"
-            title = name if task == "loss" else f"{name}, in windows of {_tokens(own)}"
-            parts = [f"{mean(losses, at, at + width):.3f}" for at in starts]
-            seconds = sum(cost["seconds"] for cost in costs) / len(cells)
-            peak = max(cost["peak_bytes"] or 0 for cost in costs) / 1e6
-            lines.append("| " + " | ".join([title, *parts, below, f"{seconds:.0f}", f"{peak:,.0f}"]) + " |")
-    return lines
+
+def _losses(length: int, own: int, curves: Sequence[_Curve]) -> list[str]:
+    parts = [(start, start + length // _PARTS) for start in range(0, length, length // _PARTS)]
+    head = [f"{tokens_name(start) if start else 0} to {tokens_name(stop)}" for start, stop in parts]
+    plain = next((curve for curve in curves if curve.name == UNTOUCHED), None)
+    body = []
+    for curve in curves:
+        below = "" if plain is None else f"{curve.mean(0, own) / plain.mean(0, own) - 1:+.2%}"
+        losses = [f"{curve.mean(*part):.3f}" for part in parts]
+        body.append([curve.name, *losses, below, f"{curve.seconds:.0f}", f"{curve.peak_bytes / 1e6:,.0f}"])
+    about = f"Nats per token. `below` is the loss of the first {tokens_name(own)} tokens over the untouched model's."
+    return [about, "", *table(["method", *head, "below", "seconds", "MB"], body)]
 
 
-def _passkeys(length: int, measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    lines = ["", f"## Passkey at {_tokens(length)}", ""]
-    rows = {name: one["passkey"] for name, one in measured.items() if "passkey" in one}
-    depths = [row["depth"] for row in next(iter(rows.values()))]
-    lines += _table_head(["method", *(f"depth {depth:.0%}" for depth in depths), "mean", "trials"])
+def _passkeys(found: Mapping[str, Any]) -> list[str]:
+    rows = {name: cells for name, cells in found.items() if cells}
+    depths = [cell["depth"] for cell in next(iter(rows.values()))]
+    body = []
     for name, cells in rows.items():
         scores = [cell["recall"] for cell in cells]
         trials = sum(cell["trials"] for cell in cells)
-        body = [name, *(f"{score:.0%}" for score in scores), f"{sum(scores) / len(scores):.0%}", f"{trials}"]
-        lines.append("| " + " | ".join(body) + " |")
-    return lines
+        body.append([name, *map(percent, scores), percent(sum(scores) / len(scores)), str(trials)])
+    return table(["method", *(f"depth {depth:.0%}" for depth in depths), "mean", "trials"], body)
 
 
-def _draw(
-    length: int, own: int, by_method: Mapping[str, Results], measured: Mapping[str, Mapping[str, Any]], path: Path
-) -> None:
+def _draw(length: int, own: int, curves: Sequence[_Curve], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    wide = max(1, length // 32)
-    for name, one in measured.items():
-        bucket = by_method[name].settings["plan"]["bucket"]
-        for task, line in (("loss", "-"), ("short_windows", "--")):
-            if task not in one:
-                continue
-            losses, many = one[task][0]["losses"], max(1, wide // bucket)
-            means = [sum(losses[at : at + many]) / many for at in range(0, len(losses) - many + 1, many)]
-            places = [(at + 0.5) * many * bucket for at in range(len(means))]
-            axes.plot(places, means, line, label=name if task == "loss" else f"{name}, in windows of {_tokens(own)}")
+    for curve in curves:
+        wide = max(length // 32, curve.bucket)
+        starts = range(0, length, wide)
+        means = [curve.mean(start, start + wide) for start in starts]
+        line = "-" if curve.name in METHODS else "--"
+        axes.plot([start + wide / 2 for start in starts], means, line, label=curve.name)
     axes.axvline(own, color="gray", linestyle=":")
     axes.set_ylim(top=min(axes.get_ylim()[1], 5.0))
     axes.set(xlabel="position in the text, tokens", ylabel="loss, nats per token")
     axes.legend(fontsize="small", ncols=2)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
-
-
-def _table_head(names: Sequence[str]) -> list[str]:
-    return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-
-
-def _tokens(count: int) -> str:
-    return f"{count // 1024}k" if count % 1024 == 0 else f"{count}"
 
 
 if __name__ == "__main__":
