@@ -5,7 +5,7 @@ python -m benchmarks.extension MODEL --tasks passkey --lengths 8k,16k,32k --out 
 
 Each method and length is one `longattn eval`, in a process of its own: its results are kept in OUT/LENGTH/METHOD, and
 what is there is not measured again. The factor is that of the length over the trained one, unless a method's name says
-another. README.md in OUT compares them: by position, and below the trained length with the model as it was.
+twice; Self-Extend's window is a quarter of the trained length, or half. README.md in OUT compares them: by position, and below the trained length with the model as it was.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ METHODS: Mapping[str, Sequence[str]] = {
     "yarn-log-n": ("--method", "yarn", "--factor", "{factor}", "--method", "log-n"),
     "yarn-twice": ("--method", "yarn", "--factor", "{twice}"),
     "self-extend": ("--method", "self-extend", "--factor", "{factor}"),
+    "self-extend-half": ("--method", "self-extend", "--factor", "{factor}", "--window", "{half}"),
     "dual-chunk": ("--method", "dual-chunk"),
     "streaming": ("--method", "streaming"),
 }
@@ -84,7 +85,7 @@ def main(
             wanted = tasks
             if name == UNTOUCHED and "loss" in tasks.split(",") and length > own:
                 wanted += ",short_windows"
-            options = [word.format(factor=factor, twice=2 * factor) for word in METHODS[name]]
+            options = [word.format(factor=factor, twice=2 * factor, half=own // 2) for word in METHODS[name]]
             resume = ["--resume"] if (place / "results.json").exists() else []
             command = [
                 "eval",
