@@ -5,7 +5,8 @@ python -m benchmarks.extension MODEL --tasks passkey --lengths 8k,16k,32k --out 
 
 Each method and length is one `longattn eval`, in a process of its own: its results are kept in OUT/LENGTH/METHOD, and
 what is there is not measured again. The factor is that of the length over the trained one, unless a method's name says
-twice; Self-Extend's window is a quarter of the trained length, or half. README.md in OUT compares them: by position, and below the trained length with the model as it was.
+twice; Self-Extend's window is a quarter of the trained length, or half. README.md in OUT compares them: by position,
+and below the trained length with the model as it was.
 """
 
 from __future__ import annotations
