@@ -7,7 +7,7 @@ import importlib.util
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 )
 @click.option("--resume", is_flag=True, help="Go on with what --out lacks; all else as it was started.")
 @click.option("--windows", default=1, help="Of text, for loss; strides of it, for perplexity.")
-@click.option("--stride", default=256, help="Tokens that perplexity counts of each window, its last ones.")
+@click.option("--stride", default=256, help="Tokens that perplexity and short_windows count of each window, the last.")
+@click.option("--context", help="Tokens that short_windows reads at once; by default the trained length.")
 @click.option("--bucket", default=256, help="Tokens that a loss by position is the mean of.")
 @click.option("--depths", default=5, help="Where passkeys stand, evenly from the start to the end.")
 @click.option("--trials", default=1, help="Questions of each kind, length and depth.")
@@ -60,6 +61,7 @@ def evaluate(
     resume: bool,
     windows: int,
     stride: int,
+    context: str | None,
     bucket: int,
     depths: int,
     trials: int,
@@ -82,6 +84,7 @@ def evaluate(
         lengths=token_counts("--lengths", lengths),
         windows=windows,
         stride=stride,
+        context=None if context is None else token_counts("--context", context)[0],
         bucket=bucket,
         depths=depths,
         trials=trials,
@@ -92,13 +95,16 @@ def evaluate(
         expected = "an evaluation to resume" if resume else "a new folder, or --resume beside it"
         raise InvalidInput("--out", expected, out)
     loaded = load_language_model(model, gguf=gguf, dtype=getattr(torch, dtype), device=device)
+    trained = trained_length(loaded.model)
+    if "short_windows" in plan.tasks and plan.context is None:
+        plan = replace(plan, context=min(trained, max(plan.lengths)))
     methods = chosen_methods(loaded.model, **options)
     reads: Any = reduce(extend, methods, loaded.model)
     text = read_text(texts, loaded, plan.text_tokens) if texts else None
     settings = {
         "model": str(model),
         "config": _digest(reads.config.to_dict()),
-        "trained": trained_length(loaded.model),
+        "trained": trained,
         "methods": [method.to_dict() for method in methods],
         "dtype": dtype,
         "text": None if text is None else hashlib.sha256(text[: plan.text_tokens].numpy().tobytes()).hexdigest()[:16],

@@ -25,8 +25,8 @@ from longattn.evaluation.retrieval import RULER_TASKS, Question, passkey, ruler
 
 __all__ = ["TASKS", "Cell", "Evaluation", "Plan", "Results", "summary"]
 
-TASKS = ("loss", "perplexity", "passkey", *RULER_TASKS, "speed")
-_TEXT_TASKS = ("loss", "perplexity")
+TASKS = ("loss", "short_windows", "perplexity", "passkey", *RULER_TASKS, "speed")
+_TEXT_TASKS = ("loss", "short_windows", "perplexity")
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -37,12 +37,13 @@ class Plan:
 
     Args:
         tasks: of TASKS. loss: of every token of whole windows, as means of buckets; of the longest length alone, where
-            the others would read the same. perplexity: of the same tokens at every length, `stride` at a time, each
-            read after as much text as makes up the length. passkey, and RULER's tasks: questions. speed: tokens per
-            second and memory.
+            the others would read the same. short_windows: of the same tokens, when at most `context` are read at once,
+            `stride` further each time: what the model does without extension. perplexity: of the same tokens at every
+            length, `stride` at a time, each read after as much text as makes up the length. passkey, and RULER's tasks:
+            questions. speed: tokens per second and memory.
         lengths: in tokens.
         windows: of text, for loss; how many strides, for perplexity.
-        stride: in tokens. bucket: tokens that a loss is the mean of.
+        stride: in tokens. bucket: tokens that a loss is the mean of. context: in tokens, for short_windows.
         depths: where the passkey stands, evenly from 0 to 1. trials: questions of each kind, length and depth.
         seed: of the questions.
 
@@ -58,6 +59,7 @@ class Plan:
     depths: int = 5
     trials: int = 1
     seed: int = 0
+    context: int | None = None
 
     def __post_init__(self) -> None:
         unknown = [task for task in self.tasks if task not in TASKS]
@@ -72,12 +74,17 @@ class Plan:
                 raise InvalidInput(name, "an int >= 1", repr(value))
         if "perplexity" in self.tasks and min(self.lengths) < self.stride:
             raise InvalidInput("lengths", f"at least the stride {self.stride}", min(self.lengths))
+        if "short_windows" in self.tasks and self.context is not None:
+            longest = max(self.lengths)
+            if not self.stride <= self.context <= longest:
+                expected = f"for short_windows, between the stride {self.stride} and the longest length {longest}"
+                raise InvalidInput("context", expected, self.context)
 
     @property
     def text_tokens(self) -> int:
         """Tokens of text that it takes."""
         longest = max(self.lengths)
-        loss = self.windows * longest + 1 if "loss" in self.tasks else 0
+        loss = self.windows * longest + 1 if {"loss", "short_windows"} & set(self.tasks) else 0
         perplexity = longest + (self.windows - 1) * self.stride + 1 if "perplexity" in self.tasks else 0
         return max(loss, perplexity)
 
@@ -168,6 +175,8 @@ class Evaluation:
         self.encode, self.decode, self.prefix = encode, decode, tuple(prefix)
         self.text = text
         self.device = torch.device(device)
+        if "short_windows" in plan.tasks and plan.context is None:
+            raise InvalidInput("context", "a number of tokens, for short_windows", None)
         have = 0 if text is None else len(text)
         if have < plan.text_tokens:
             expected = f"a text of at least {plan.text_tokens:,} tokens, for these lengths and windows"
@@ -183,6 +192,9 @@ class Evaluation:
             for task in plan.tasks:
                 if task == "loss":
                     if length == max(plan.lengths) or self.reader.length_matters:
+                        found += [Cell(task, length, number) for number in range(plan.windows)]
+                elif task == "short_windows":
+                    if length == max(plan.lengths):
                         found += [Cell(task, length, number) for number in range(plan.windows)]
                 elif task == "perplexity":
                     found += [Cell(task, length, number) for number in range(plan.windows)]
@@ -204,7 +216,8 @@ class Evaluation:
             start, stop = self._span(cell)
             with PeakMemory(self.device) as memory:
                 begun = time.perf_counter()
-                losses = self.reader.losses(self.text[start:stop])
+                tokens = self.text[start:stop]
+                losses = self._in_short_windows(tokens) if cell.task == "short_windows" else self.reader.losses(tokens)
                 seconds = time.perf_counter() - begun
             cost = {"seconds": seconds, "peak_bytes": memory.bytes}
             if cell.task == "perplexity":
@@ -236,9 +249,19 @@ class Evaluation:
                 results.cells[cell.key] = self.measure(cell)
                 save()
 
+    def _in_short_windows(self, tokens: Tensor) -> Tensor:
+        """Each token counts where it stands latest: after context - stride tokens or more, but for the first ones."""
+        context, count = self.plan.context, len(tokens) - 1
+        assert context is not None
+        found = [self.reader.losses(tokens[: context + 1])]
+        for read in range(context, count, self.plan.stride):
+            stop = min(read + self.plan.stride, count)
+            found.append(self.reader.losses(tokens[stop - context : stop + 1])[read - stop :])
+        return torch.cat(found)
+
     def _span(self, cell: Cell) -> tuple[int, int]:
         """Where a cell's text starts and ends; the end is a target only."""
-        if cell.task == "loss":
+        if cell.task in ("loss", "short_windows"):
             start = cell.number * max(self.plan.lengths)
             return start, start + cell.length + 1
         stop = max(self.plan.lengths) + cell.number * self.plan.stride
@@ -293,7 +316,7 @@ def _mean(task: str, many: list[dict[str, Any]]) -> dict[str, Any]:
     def mean(name: str) -> float:
         return sum(one[name] for one in many) / len(many)
 
-    if task == "loss":
+    if task in ("loss", "short_windows"):
         losses = [sum(at) / len(many) for at in zip(*(one["losses"] for one in many), strict=True)]
         return {"losses": losses, "windows": len(many)}
     if task == "perplexity":

@@ -68,9 +68,10 @@ def test_a_checkpoint_of_ours_is_extended_and_measured(ours: Path, text: Path, t
 
     results = tmp_path / "results"
     command = ("eval", out, "--lengths", "256,512", "--text", text, "--out", results, "--bucket", 64, "--depths", 2)
-    said = done(*command, "--tasks", "loss,perplexity,passkey,fwe,speed", "--stride", 32)
+    said = done(*command, "--tasks", "loss,short_windows,perplexity,passkey,fwe,speed", "--stride", 32)
     assert "Loss by position" in said and "passkey.png" in said
     page = (results / "report.md").read_text()
+    assert "| position | 512 tokens | in windows of 64 |" in page
     for heading in ("Loss by position", "Perplexity by length", "Passkey", "RULER", "Time and memory"):
         assert f"## {heading}" in page
     assert {path.name for path in results.iterdir()} == {
@@ -82,13 +83,13 @@ def test_a_checkpoint_of_ours_is_extended_and_measured(ours: Path, text: Path, t
     }
     saved = json.loads((results / "results.json").read_text())
     assert saved["settings"]["trained"] == 64 and saved["settings"]["methods"] == []
-    assert len(saved["cells"]) == 1 + 2 + 2 * 2 + 2 + 2
+    assert len(saved["cells"]) == 2 + 2 + 2 * 2 + 2 + 2
 
     saved["cells"] = saved["cells"][:3]
     (results / "results.json").write_text(json.dumps(saved))
-    done(*command, "--tasks", "loss,perplexity,passkey,fwe,speed", "--stride", 32, "--resume")
+    done(*command, "--tasks", "loss,short_windows,perplexity,passkey,fwe,speed", "--stride", 32, "--resume")
     again = json.loads((results / "results.json").read_text())
-    assert len(again["cells"]) == 11 and again["cells"][:3] == saved["cells"]
+    assert len(again["cells"]) == 12 and again["cells"][:3] == saved["cells"]
     assert "--resume" in run(*command, "--tasks", "loss").output
     refused = run(*command, "--tasks", "loss", "--resume")
     assert refused.exit_code == 1 and "plan" in refused.output

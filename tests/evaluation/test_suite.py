@@ -116,6 +116,20 @@ def test_perplexity_is_of_the_same_tokens_at_every_length() -> None:
     assert means[0]["loss"] == pytest.approx(sum(range(49, 81)) / 32) == means[1]["loss"]
 
 
+def test_short_windows_count_every_token_once_where_it_stands_latest() -> None:
+    reader, text = Recorder(), torch.arange(1000)
+    plan = Plan(("loss", "short_windows"), (50, 70), windows=2, stride=16, bucket=1, context=32)
+    results = Results({})
+    evaluation(plan, reader, text).run(results, lambda: None)
+    means = summary(results)
+    assert means["short_windows"][0]["losses"] == means["loss"][0]["losses"]
+    assert [(tokens[0], len(tokens) - 1) for tokens in reader.read[2:6]] == [(0, 32), (16, 32), (32, 32), (38, 32)]
+    with pytest.raises(InvalidInput, match="context"):
+        Plan(("short_windows",), (64,), stride=16, context=8)
+    with pytest.raises(InvalidInput, match="context"):
+        evaluation(Plan(("short_windows",), (64,)), reader, text)
+
+
 def test_losses_by_position_are_means_of_buckets_over_windows() -> None:
     reader, text = Recorder(), torch.arange(1000) % 250
     run = evaluation(Plan(("loss",), (32, 100), windows=2, bucket=40), reader, text)
