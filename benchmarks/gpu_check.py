@@ -37,7 +37,7 @@ PROVEN = Path(architecture.__file__).with_name("proven.json")
 CUDA_PROVEN = Path(cuda.__file__).with_name("proven.json")
 SECONDS = 8.5 * 60  # for all
 TEST_SECONDS = 4 * 60
-CUDA_TEST_SECONDS = 90
+CUDA_TEST_SECONDS = 120
 LAUNCHES = 2000
 
 
