@@ -367,8 +367,8 @@ FAULTS = (
     Fault(
         "columns of log-sums",
         SCORES,
-        "layout.log_sums(0) + stage * Layout::kTermBytes + 4 * column",
-        "layout.log_sums(0) + stage * Layout::kTermBytes",
+        "stage * (Layout::kQueryTerms * Layout::kTermBytes) + 4 * column",
+        "stage * (Layout::kQueryTerms * Layout::kTermBytes)",
     ),
     Fault(
         "left bound of the backward",

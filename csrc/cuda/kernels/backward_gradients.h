@@ -143,7 +143,7 @@ struct OwnKeysConsumer {
   }
 };
 
-// Heads so wide that a warpgroup has room for one gradient. Both have the same 64 keys: the first has S, P and dV, the
+// Of heads so wide that a warpgroup has room for one gradient. Both have the same 64 keys: the first S, P and dV, the
 // second dP, dS and dK, and each some columns of dQ. P passes from the first to the second where dS will stand. While
 // one is between its products, those of the other run.
 template <class Config, bool OfValues>
@@ -253,7 +253,8 @@ struct SharedKeysConsumer {
   }
 
   // A thread's weights pass to the same thread of the other warpgroup, in the 16 rows of dS that its warp will write.
-  // The buffer is free: of two, dS was ready in the other, and so its dQ before that was done.
+  // Of the two buffers, this one was last read for dQ two steps ago: the other warpgroup was done with that before it
+  // announced the dS of the last step.
   LONGATTN_DEVICE uint32_t weights_at(int buffer, int i) const {
     return layout.scores(0) + buffer * Layout::kScoreBytes + scores.warp * 16 * kRowBytes + i * 512 + scores.lane * 16;
   }

@@ -37,6 +37,7 @@ struct BackwardConfig {
   static constexpr bool kSharesKeys = kKeys == 64;  // one gradient of all keys a warpgroup; else both, of 64 keys each
   static constexpr int kQueryStages = QueryStages_, kOutputStages = OutputStages_;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / kThreads / 8 * 8));
 
   // dQ of a tile in blocks of 64 rows and columns, of which the first warpgroup computes the first.
   static constexpr int kBlock = kSumBlock, kBlocks = kQueries * kWidth / kBlock, kBlocksOfFirst = (kBlocks + 1) / 2;

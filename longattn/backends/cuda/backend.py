@@ -41,7 +41,7 @@ class CudaBackend(Backend):
         if (
             problem.needs_grad
             and "bounds" in problem.features
-            and ("softcap" in problem.features or problem.scale <= 0)
+            and ("softcap" in problem.features or not problem.scale > 0)
         ):
             found.append("has no gradients of bounds with softcap, or with a scale that is not positive")
         if "cache" in problem.features:
