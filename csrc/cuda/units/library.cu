@@ -13,6 +13,7 @@ using namespace longattn::cuda;
 
 LONGATTN_EXPORT int longattn_cuda_call_bytes() { return sizeof(LongattnCall); }
 
+static_assert(std::end(kForwardTable)[-1].width == std::end(kBackwardTable)[-1].width);
 LONGATTN_EXPORT int longattn_cuda_widest() { return std::end(kForwardTable)[-1].width; }
 
 // Entries of the workspaces that a call and its backward need.
