@@ -124,9 +124,9 @@ def _page(found: Mapping[int, Mapping[str, Results]], own: int, out: Path) -> li
     lines = [
         f"# {Path(first['model']).name} beyond {tokens_name(own)} tokens, without tuning",
         "",
-        f"{first['dtype']}; {machine['device']}, torch {machine['torch']}, longattn {machine['longattn']}. Seconds are of "
-        "one reading, and say more about what else the machine did then than about a method; MB are what reading adds to "
-        "the weights, at its highest.",
+        f"{first['dtype']}; {machine['device']}, torch {machine['torch']}, longattn {machine['longattn']}. Seconds "
+        "are of one reading, and say more about what else the machine did than about a method; MB are what reading "
+        "adds to the weights, at its highest.",
     ]
     for length, by_method in found.items():
         curves = [_Curve.of(name, task, results) for name, results in by_method.items() for task in _LOSSES]
