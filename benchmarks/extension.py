@@ -124,9 +124,9 @@ def _page(found: Mapping[int, Mapping[str, Results]], own: int, out: Path) -> li
     lines = [
         f"# {Path(first['model']).name} beyond {tokens_name(own)} tokens, without tuning",
         "",
-        f"{first['dtype']}; {machine['threads']} threads, {machine['device']}, torch {machine['torch']}, longattn "
-        f"{machine['longattn']}. Seconds are of one reading on a machine that did other things, too; MB are what "
-        "reading adds to the weights, at its highest.",
+        f"{first['dtype']}; {machine['device']}, torch {machine['torch']}, longattn {machine['longattn']}. Seconds "
+        "are of one reading, and say more about what else the machine did than about a method; MB are what reading "
+        "adds to the weights, at its highest.",
     ]
     for length, by_method in found.items():
         curves = [_Curve.of(name, task, results) for name, results in by_method.items() for task in _LOSSES]
@@ -152,6 +152,7 @@ class _Curve:
     name: str
     losses: Sequence[float]
     bucket: int
+    threads: int
     seconds: float
     peak_bytes: int
 
@@ -165,7 +166,8 @@ class _Curve:
         seconds = sum(cost["seconds"] for cost in costs) / len(costs)
         peak = max(cost["peak_bytes"] or 0 for cost in costs)
         title = _LOSSES[task].format(name=name, context=context)
-        return cls(title, found[0]["losses"], plan["bucket"], seconds, peak)
+        threads = results.settings["machine"]["threads"]
+        return cls(title, found[0]["losses"], plan["bucket"], threads, seconds, peak)
 
     def mean(self, start: int, stop: int) -> float:
         part = self.losses[start // self.bucket : stop // self.bucket]
@@ -180,9 +182,10 @@ def _losses(length: int, own: int, curves: Sequence[_Curve]) -> list[str]:
     for curve in curves:
         below = "" if plain is None else f"{curve.mean(0, own) / plain.mean(0, own) - 1:+.2%}"
         losses = [f"{curve.mean(*part):.3f}" for part in parts]
-        body.append([curve.name, *losses, below, f"{curve.seconds:.0f}", f"{curve.peak_bytes / 1e6:,.0f}"])
+        costs = [str(curve.threads), f"{curve.seconds:.0f}", f"{curve.peak_bytes / 1e6:,.0f}"]
+        body.append([curve.name, *losses, below, *costs])
     about = f"Nats per token. `below` is the loss of the first {tokens_name(own)} tokens over the untouched model's."
-    return [about, "", *table(["method", *head, "below", "seconds", "MB"], body)]
+    return [about, "", *table(["method", *head, "below", "threads", "seconds", "MB"], body)]
 
 
 def _passkeys(found: Mapping[str, Any]) -> list[str]:
