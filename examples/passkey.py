@@ -1,7 +1,7 @@
 """Train a model of half a million parameters to find a number in a text of 512 bytes, and extend it to 4096.
 
-The task is `longattn.evaluation.passkey`. It is learned in prompts that grow: a short one can be answered by looking
-back a fixed distance, which is a start; finding the number wherever it stands follows as lengths begin to differ.
+The task is `longattn.evaluation.passkey`. It is learned in prompts that grow: among few sentences copying begins within
+a minute, among many it would not begin at all.
 
     python examples/passkey.py --folder runs/passkey       # train, extend, fine-tune, and the table
     python examples/passkey.py --folder examples/passkey --table        # the table of the models that are there
@@ -25,9 +25,10 @@ from longattn.scaling import NTK, Linear, Scaling, YaRN
 from longattn.training import Checkpoint, TrainingConfig, load_model, pad, save_checkpoint, train
 
 TRAINED, FACTOR = 512, 8  # tokens, and how many times that is read after fine-tuning
-SHORTEST = 128  # a prompt without its first line
+SHORTEST, SHORT = 120, 180  # between which prompts are at first, without their first line
 WHOLE = 300  # from this length on prompts have their first line, which says what the task is
-DIGITS = 5  # of the numbers that are asked for; those of the training are longer, so that no two are the same
+DIGITS = 5  # of the numbers that are asked for
+OTHER_DIGITS = (3, 4, 6, 7, 8)  # of those that are trained on, so that none is asked for
 IGNORED = -100
 METHODS: Mapping[str, Callable[[float], Scaling] | None] = {
     "none": None,
@@ -50,7 +51,7 @@ class Prompts:
 
     Args:
         tokens: of a batch, about.
-        longest: tokens of a prompt. Lengths are drawn between SHORTEST and a limit that rises from there to the
+        longest: tokens of a prompt. Lengths are drawn between SHORTEST and a limit, which rises from SHORT to the
             longest between the steps of `rise`.
         seed: of lengths, numbers and depths.
     """
@@ -62,8 +63,8 @@ class Prompts:
         """tokens and targets, int64 [B, N]."""
         rng = random.Random(f"{self.seed} {step}")
         start, stop = self.rise
-        risen = min(max((step - start) / max(stop - start, 1), 0.0), 1.0)
-        length = rng.randint(SHORTEST, round(SHORTEST + risen * (self.longest - SHORTEST)))
+        risen = max(step - start, 0) / (stop - start) if step < stop else 1.0
+        length = rng.randint(SHORTEST, round(SHORT + risen * (self.longest - SHORT)))
         rows, counted = zip(*(self._example(length, rng) for _ in range(self.tokens // length)), strict=True)
         tokens, (targets, _) = pad(rows)[0], pad(counted, fill=IGNORED)
         return {"tokens": tokens[:, :-1], "targets": targets[:, 1:]}
@@ -74,7 +75,7 @@ class Prompts:
     def _example(self, length: int, rng: random.Random) -> tuple[list[int], list[int]]:
         """A prompt with its answer, and the same with all that does not count left out."""
         cut = 0 if length >= WHOLE else FIRST_LINE
-        question = passkey(encode, length + cut, rng.random(), rng.random(), digits=rng.randint(DIGITS + 1, 2 * DIGITS))
+        question = passkey(encode, length + cut, rng.random(), rng.random(), digits=rng.choice(OTHER_DIGITS))
         [key] = question.answers
         read = [*question.prompt[cut:], *encode(" " + key)]
         unknown = read.index(ord(key[0])) + len(key)  # up to the number's first mention
@@ -100,7 +101,7 @@ def trained(folder: Path, steps: int, dim: int) -> Decoder:
     torch.manual_seed(0)
     sizes = {"dim": dim, "hidden": 2 * dim, "layers": 3, "heads": dim // 32}
     model = Decoder(TransformerConfig(**sizes, max_length=TRAINED, tie_embeddings=True))
-    batches = Prompts(tokens=4096, longest=TRAINED, rise=(3 * steps // 10, 7 * steps // 10))
+    batches = Prompts(tokens=4096, longest=TRAINED, rise=(steps // 4, 2 * steps // 3))
     config = TrainingConfig(steps=steps, learning_rate=3e-3, warmup=min(50, steps // 4))
     return _run(model, batches, config, folder / "trained.safetensors")
 
@@ -143,7 +144,7 @@ def _row(name: str, models: Sequence[Decoder], ratios: Sequence[int], prompts: i
 
 
 def main(
-    folder: Path, *, steps: int = 2000, tuning_steps: int = 200, dim: int = 128, prompts: int = 40
+    folder: Path, *, steps: int = 1800, tuning_steps: int = 200, dim: int = 128, prompts: int = 40
 ) -> dict[str, list[float]]:
     """Train in `folder`, extend, fine-tune, and return the table."""
     tuned(folder, trained(folder, steps, dim), tuning_steps)
