@@ -110,7 +110,7 @@ def tuned(folder: Path, model: Decoder, steps: int) -> Decoder:
     """The model extended by FACTOR, and trained a little in prompts up to that length."""
     longer = extend(model, YaRN(FACTOR, TRAINED))
     batches = Prompts(tokens=2 * FACTOR * TRAINED, longest=FACTOR * TRAINED, seed=1)
-    config = TrainingConfig(steps=steps, learning_rate=5e-4, warmup=min(10, steps // 4))
+    config = TrainingConfig(steps=steps, learning_rate=1e-3, warmup=min(10, steps // 4))
     return _run(longer, batches, config, folder / "tuned.safetensors")
 
 
@@ -144,7 +144,7 @@ def _row(name: str, models: Sequence[Decoder], ratios: Sequence[int], prompts: i
 
 
 def main(
-    folder: Path, *, steps: int = 1800, tuning_steps: int = 200, dim: int = 128, prompts: int = 40
+    folder: Path, *, steps: int = 1800, tuning_steps: int = 400, dim: int = 128, prompts: int = 40
 ) -> dict[str, list[float]]:
     """Train in `folder`, extend, fine-tune, and return the table."""
     tuned(folder, trained(folder, steps, dim), tuning_steps)
