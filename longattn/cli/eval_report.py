@@ -9,7 +9,7 @@ from typing import Any
 
 from longattn.evaluation import RULER_TASKS, Results, summary
 
-__all__ = ["draw", "markdown"]
+__all__ = ["draw", "markdown", "percent", "table", "tokens_name"]
 
 _ROWS = 16  # of the table of losses by position
 
@@ -31,8 +31,8 @@ def markdown(results: Results) -> str:
     if losses:
         about = "Nats per token of the tokens at these positions, each text read once from the start"
         if "short_windows" in found:
-            stride = _tokens(plan["stride"])
-            about += f", or in windows of {_tokens(plan['context'])}, each {stride} tokens further than the last"
+            stride = tokens_name(plan["stride"])
+            about += f", or in windows of {tokens_name(plan['context'])}, each {stride} tokens further than the last"
         lines += _section("Loss by position", f"{about}.")
         lines += _loss_table(losses, plan["bucket"])
     if "perplexity" in found:
@@ -40,9 +40,10 @@ def markdown(results: Results) -> str:
         about = f"Of the same {count * stride:,} tokens, {stride} at a time, at the end of windows of each length."
         lines += _section("Perplexity by length", about)
         body = [
-            (_tokens(row["length"]), f"{row['perplexity']:.3f}", f"{row['loss']:.4f}") for row in found["perplexity"]
+            (tokens_name(row["length"]), f"{row['perplexity']:.3f}", f"{row['loss']:.4f}")
+            for row in found["perplexity"]
         ]
-        lines += _table(("length", "perplexity", "nats per token"), body)
+        lines += table(("length", "perplexity", "nats per token"), body)
     if "passkey" in found:
         lines += _section("Passkey", "Answers that hold the number, by length and by where in the text it stands.")
         lines += _passkey(found["passkey"])
@@ -51,13 +52,11 @@ def markdown(results: Results) -> str:
         lines += _section("RULER", "The share of the wanted words and numbers that answers hold.")
         lengths = sorted({row["length"] for task in ruler for row in found[task]})
         scores = {(task, row["length"]): row["recall"] for task in ruler for row in found[task]}
-        shares = [(_tokens(length), *(_percent(scores.get((task, length))) for task in ruler)) for length in lengths]
-        lines += _table(("length", *ruler), shares)
+        shares = [(tokens_name(length), *(percent(scores.get((task, length))) for task in ruler)) for length in lengths]
+        lines += table(("length", *ruler), shares)
     if "speed" in found:
         lines += _section("Time and memory", "Memory is what reading adds to the weights, at its highest.")
-        lines += _table(
-            ("length", "seconds to read", "tokens/s", "new tokens/s", "peak MB"), map(_cost, found["speed"])
-        )
+        lines += table(("length", "seconds to read", "tokens/s", "new tokens/s", "peak MB"), map(_cost, found["speed"]))
     return "\n".join(lines) + "\n"
 
 
@@ -67,7 +66,7 @@ def _section(title: str, about: str) -> list[str]:
 
 def _cost(row: dict[str, Any]) -> tuple[str, ...]:
     return (
-        _tokens(row["length"]),
+        tokens_name(row["length"]),
         f"{row['seconds']:.2f}",
         f"{row['tokens_per_second']:,.0f}",
         f"{row['new_tokens_per_second']:,.1f}",
@@ -97,8 +96,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 def _losses(found: Mapping[str, Any], plan: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The curves of losses by position, each with what it is of."""
-    rows = [{**row, "of": f"{_tokens(row['length'])} tokens"} for row in found.get("loss", ())]
-    rows += [{**row, "of": f"in windows of {_tokens(plan['context'])}"} for row in found.get("short_windows", ())]
+    rows = [{**row, "of": f"{tokens_name(row['length'])} tokens"} for row in found.get("loss", ())]
+    rows += [{**row, "of": f"in windows of {tokens_name(plan['context'])}"} for row in found.get("short_windows", ())]
     return rows
 
 
@@ -114,7 +113,7 @@ def _loss_table(rows: list[dict[str, Any]], bucket: int) -> list[str]:
             weighed = sum(loss * size for loss, size in zip(part, sizes, strict=True))
             cells.append(f"{weighed / sum(sizes):.3f}" if part else "")
         body.append((f"{start:,}-{min(start + width, longest) - 1:,}", *cells))
-    return _table(("position", *(row["of"] for row in rows)), body)
+    return table(("position", *(row["of"] for row in rows)), body)
 
 
 def _passkey(rows: list[dict[str, Any]]) -> list[str]:
@@ -123,8 +122,8 @@ def _passkey(rows: list[dict[str, Any]]) -> list[str]:
     body = []
     for length in sorted({row["length"] for row in rows}):
         scores = [by_place[length, depth] for depth in depths]
-        body.append((_tokens(length), *map(_percent, scores), _percent(sum(scores) / len(scores))))
-    return _table(("length", *(f"depth {depth:.0%}" for depth in depths), "mean"), body)
+        body.append((tokens_name(length), *map(percent, scores), percent(sum(scores) / len(scores))))
+    return table(("length", *(f"depth {depth:.0%}" for depth in depths), "mean"), body)
 
 
 def _draw_losses(figure: Any, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
@@ -144,7 +143,7 @@ def _draw_passkey(figure: Any, rows: list[dict[str, Any]], settings: dict[str, A
     axes = figure.subplots()
     scores = [[by_place[length, depth] for length in lengths] for depth in depths]
     picture = axes.imshow(scores, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
+    axes.set_xticks(range(len(lengths)), [tokens_name(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.set(xlabel="length, tokens", ylabel="depth of the passkey", title=_title(settings))
     for y, line in enumerate(scores):
@@ -178,14 +177,17 @@ def _name(method: dict[str, Any]) -> str:
     return method["type"] + (f" ({', '.join(values)})" if values else "")
 
 
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     lines = [head, ["---"] * len(head), *body]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def _tokens(count: int) -> str:
+def tokens_name(count: int) -> str:
+    """8k of 8192, 100 of 100."""
     return f"{count // 1024}k" if count % 1024 == 0 and count >= 1024 else f"{count:,}"
 
 
-def _percent(score: float | None) -> str:
+def percent(score: float | None) -> str:
+    """50% of 0.5, nothing of None."""
     return "" if score is None else f"{score:.0%}"

@@ -38,9 +38,9 @@ class Plan:
     Args:
         tasks: of TASKS. loss: of every token of whole windows, as means of buckets; of the longest length alone, where
             the others would read the same. short_windows: of the same tokens, when at most `context` are read at once,
-            `stride` further each time: what the model does without extension. perplexity: of the same tokens at every length, `stride` at a time, each
-            read after as much text as makes up the length. passkey, and RULER's tasks: questions. speed: tokens per
-            second and memory.
+            `stride` further each time: what the model does without extension. perplexity: of the same tokens at every
+            length, `stride` at a time, each read after as much text as makes up the length. passkey, and RULER's tasks:
+            questions. speed: tokens per second and memory.
         lengths: in tokens.
         windows: of text, for loss; how many strides, for perplexity.
         stride: in tokens. bucket: tokens that a loss is the mean of. context: in tokens, for short_windows.

@@ -36,3 +36,9 @@ def targets() -> Iterator[Any]:
 def gpu_check() -> Iterator[Any]:
     with _script("gpu_check") as module:
         yield module
+
+
+@pytest.fixture(scope="module")
+def extension() -> Iterator[Any]:
+    with _script("extension") as module:
+        yield module
