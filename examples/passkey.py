@@ -1,7 +1,7 @@
 """Train a model of half a million parameters to find a number in a text of 512 bytes, and extend it to 4096.
 
-The task is `longattn.evaluation.passkey`. It is learned in prompts that grow: among few sentences copying begins within
-a minute, among many it would not begin at all.
+The task is `longattn.evaluation.passkey`. It is learned in prompts that grow: to copy a number is learned among a few
+sentences, to find it among many after that.
 
     python examples/passkey.py --folder runs/passkey       # train, extend, fine-tune, and the table
     python examples/passkey.py --folder examples/passkey --table        # the table of the models that are there
@@ -28,7 +28,7 @@ TRAINED, FACTOR = 512, 8  # tokens, and how many times that is read after fine-t
 SHORTEST, SHORT = 120, 180  # between which prompts are at first, without their first line
 WHOLE = 300  # from this length on prompts have their first line, which says what the task is
 DIGITS = 5  # of the numbers that are asked for
-OTHER_DIGITS = (3, 4, 6, 7, 8)  # of those that are trained on, so that none is asked for
+OTHER_DIGITS = (3, 4, 6, 7, 8)  # of the numbers that are trained on: none of them is asked for
 IGNORED = -100
 METHODS: Mapping[str, Callable[[float], Scaling] | None] = {
     "none": None,
