@@ -5,7 +5,8 @@ python -m benchmarks.extension MODEL --tasks passkey --lengths 8k,16k,32k --out 
 
 Each method and length is one `longattn eval`, in a process of its own: its results are kept in OUT/LENGTH/METHOD, and
 what is there is not measured again. The factor is that of the length over the trained one, unless a method's name says
-another. README.md in OUT compares them: by position, and below the trained length with the model as it was.
+twice; Self-Extend's window is a quarter of the trained length, or half. README.md in OUT compares them: by position,
+and below the trained length with the model as it was.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ METHODS: Mapping[str, Sequence[str]] = {
     "yarn-log-n": ("--method", "yarn", "--factor", "{factor}", "--method", "log-n"),
     "yarn-twice": ("--method", "yarn", "--factor", "{twice}"),
     "self-extend": ("--method", "self-extend", "--factor", "{factor}"),
+    "self-extend-half": ("--method", "self-extend", "--factor", "{factor}", "--window", "{half}"),
     "dual-chunk": ("--method", "dual-chunk"),
     "streaming": ("--method", "streaming"),
 }
@@ -84,7 +86,7 @@ def main(
             wanted = tasks
             if name == UNTOUCHED and "loss" in tasks.split(",") and length > own:
                 wanted += ",short_windows"
-            options = [word.format(factor=factor, twice=2 * factor) for word in METHODS[name]]
+            options = [word.format(factor=factor, twice=2 * factor, half=own // 2) for word in METHODS[name]]
             resume = ["--resume"] if (place / "results.json").exists() else []
             command = [
                 "eval",
@@ -122,9 +124,9 @@ def _page(found: Mapping[int, Mapping[str, Results]], own: int, out: Path) -> li
     lines = [
         f"# {Path(first['model']).name} beyond {tokens_name(own)} tokens, without tuning",
         "",
-        f"{first['dtype']}; {machine['threads']} threads, {machine['device']}, torch {machine['torch']}, longattn "
-        f"{machine['longattn']}. Seconds are of one reading on a machine that did other things, too; MB are what "
-        "reading adds to the weights, at its highest.",
+        f"{first['dtype']}; {machine['device']}, torch {machine['torch']}, longattn {machine['longattn']}. Seconds "
+        "are of one reading, and say more about what else the machine did than about a method; MB are what reading "
+        "adds to the weights, at its highest.",
     ]
     for length, by_method in found.items():
         curves = [_Curve.of(name, task, results) for name, results in by_method.items() for task in _LOSSES]
@@ -150,6 +152,7 @@ class _Curve:
     name: str
     losses: Sequence[float]
     bucket: int
+    threads: int
     seconds: float
     peak_bytes: int
 
@@ -163,7 +166,8 @@ class _Curve:
         seconds = sum(cost["seconds"] for cost in costs) / len(costs)
         peak = max(cost["peak_bytes"] or 0 for cost in costs)
         title = _LOSSES[task].format(name=name, context=context)
-        return cls(title, found[0]["losses"], plan["bucket"], seconds, peak)
+        threads = results.settings["machine"]["threads"]
+        return cls(title, found[0]["losses"], plan["bucket"], threads, seconds, peak)
 
     def mean(self, start: int, stop: int) -> float:
         part = self.losses[start // self.bucket : stop // self.bucket]
@@ -178,9 +182,10 @@ def _losses(length: int, own: int, curves: Sequence[_Curve]) -> list[str]:
     for curve in curves:
         below = "" if plain is None else f"{curve.mean(0, own) / plain.mean(0, own) - 1:+.2%}"
         losses = [f"{curve.mean(*part):.3f}" for part in parts]
-        body.append([curve.name, *losses, below, f"{curve.seconds:.0f}", f"{curve.peak_bytes / 1e6:,.0f}"])
+        costs = [str(curve.threads), f"{curve.seconds:.0f}", f"{curve.peak_bytes / 1e6:,.0f}"]
+        body.append([curve.name, *losses, below, *costs])
     about = f"Nats per token. `below` is the loss of the first {tokens_name(own)} tokens over the untouched model's."
-    return [about, "", *table(["method", *head, "below", "seconds", "MB"], body)]
+    return [about, "", *table(["method", *head, "below", "threads", "seconds", "MB"], body)]
 
 
 def _passkeys(found: Mapping[str, Any]) -> list[str]:

@@ -119,7 +119,11 @@ def evaluate(
         text=text,
         device=device,
     )
-    machine = {"platform": platform.platform(), "threads": torch.get_num_threads(), "device": device}
+    machine = {
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "device": device,
+    }
     machine |= {"torch": torch.__version__, "longattn": __version__}
     results = Results({**settings, "machine": machine})
     if resume:

@@ -28,7 +28,7 @@ def test_methods_are_compared_by_position_and_passkey(extension: Any, tmp_path: 
         assert done.exit_code == 0, done.output
     assert done.output == "512, yarn\n"  # what is there is not measured again
     page = (out / "README.md").read_text()
-    assert "| method | 0 to 128 | 128 to 256 | 256 to 384 | 384 to 512 | below | seconds | MB |" in page
+    assert "| method | 0 to 128 | 128 to 256 | 256 to 384 | 384 to 512 | below | threads | seconds | MB |" in page
     assert {line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")} == {
         "| method",
         "| ---",
