@@ -220,6 +220,8 @@ def cached(
     mask = _cache_mask(causal, window, sinks, shape)
     if k is None:  # else room was made for the new tokens
         _check_ring(mask, shape, after, counts)
+    alibi_slopes = _floats("alibi_slopes", alibi_slopes, ((q_heads,), (batch, q_heads)), device)
+    sink_logits = _floats("sink_logits", sink_logits, ((q_heads,),), device)
     for name, parameter in (("alibi_slopes", alibi_slopes), ("sink_logits", sink_logits)):
         if parameter is not None and torch.is_grad_enabled() and parameter.requires_grad:
             raise InvalidInput(name, "no gradient in a call on a cache (see torch.no_grad)", "requires_grad")
@@ -250,8 +252,8 @@ def cached(
         v,
         torch.tensor(after, dtype=torch.int32, device=device),
         torch.tensor(counts, dtype=torch.int32, device=device),
-        alibi_slopes=_floats("alibi_slopes", alibi_slopes, ((q_heads,), (batch, q_heads)), device),
-        sink_logits=_floats("sink_logits", sink_logits, ((q_heads,),), device),
+        alibi_slopes=alibi_slopes,
+        sink_logits=sink_logits,
         inv_freq=None if rotation is None else rotation.inv_freq,
         positions=positions,
         cos=None if rotation is None else rotation.cos,
@@ -289,9 +291,9 @@ def new_lengths(lengths: Tensor | Sequence[int] | None, batch: int, x: Tensor) -
     most = x.shape[2]
     if lengths is None:
         return [most] * batch
-    counts = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
-    if len(counts) != batch or not all(type(n) is int and 0 <= n <= most for n in counts):
-        raise InvalidInput("lengths", f"{batch} ints of 0 to {most}", f"{counts}"[:80])
+    counts = int_list("lengths", lengths)
+    if len(counts) != batch or not all(0 <= n <= most for n in counts):
+        raise InvalidInput("lengths", f"{batch} ints of 0 to {most}", counts)
     return counts
 
 
@@ -323,14 +325,14 @@ def parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[list[Tensor],
     for name, tensors in (("outs", outs), ("lses", lses)):
         if not isinstance(tensors, Sequence) or not all(isinstance(x, Tensor) for x in tensors):
             raise InvalidInput(name, "a sequence of tensors", _describe(tensors))
+        if not tensors or len(tensors) != len(outs):
+            raise InvalidInput(name, "as many as outs, at least one", f"{len(tensors)} {name} and {len(outs)} outs")
         for x in tensors:
             _floating(name, x)
             if x.dtype != tensors[0].dtype:
                 raise InvalidInput(name, f"dtype {tensors[0].dtype} as the first", str(x.dtype))
             if x.device != outs[0].device:
                 raise InvalidInput(name, f"device {outs[0].device} as the first of outs", str(x.device))
-    if not outs or len(outs) != len(lses):
-        raise InvalidInput("lses", "as many as outs, at least one", f"{len(outs)} outs and {len(lses)} lses")
     shape = tuple(outs[0].shape)
     for out, lse in zip(outs, lses, strict=True):
         if not shape or tuple(out.shape) != shape:
@@ -342,20 +344,20 @@ def parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[list[Tensor],
 
 def query_rows(rows: Sequence[int] | Tensor, nq: int, device: torch.device) -> Tensor:
     """Check rows [R] of 0..nq - 1, or of -nq..-1 from the end: int64 [R], none negative."""
-    expected = f"ints, or an int tensor [R], of {-nq} to {nq - 1}"
-    if isinstance(rows, Tensor):
-        if rows.dim() != 1 or rows.dtype not in _INTEGERS or not _is_strided(rows):
-            raise InvalidInput("rows", expected, _describe(rows))
-        index = rows.to(device=device, dtype=torch.int64)
-    else:
-        if not isinstance(rows, Sequence) or any(isinstance(row, bool) or not isinstance(row, int) for row in rows):
-            raise InvalidInput("rows", expected, _describe(rows))
-        if any(not -nq <= row < nq for row in rows):  # before any of them meets 64 bits
-            raise InvalidInput("rows", expected, _describe(rows))
-        index = torch.tensor(rows, dtype=torch.int64, device=device)
-    if ((index < -nq) | (index >= nq)).any():
-        raise InvalidInput("rows", expected, f"{index.tolist()}"[:80])
-    return torch.where(index < 0, index + nq, index)
+    found = int_list("rows", rows)
+    if any(not -nq <= row < nq for row in found):  # before any of them meets 64 bits
+        raise InvalidInput("rows", f"ints of {-nq} to {nq - 1}", found)
+    return torch.tensor([row % nq for row in found], dtype=torch.int64, device=device)
+
+
+def int_list(name: str, x: object) -> list[int]:
+    """A sequence of ints, or an int tensor of one dimension, as a list."""
+    if isinstance(x, Tensor):
+        if x.dim() == 1 and x.dtype in _INTEGERS and _is_strided(x) and not x.is_meta:
+            return x.tolist()
+    elif isinstance(x, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in x):
+        return list(x)
+    raise InvalidInput(name, "a sequence of ints, or an int tensor of one dimension", _describe(x))
 
 
 def log_sums(lse: Tensor | None, problem: Problem, device: torch.device) -> Tensor | None:
@@ -365,8 +367,8 @@ def log_sums(lse: Tensor | None, problem: Problem, device: torch.device) -> Tens
 
 
 def count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise InvalidInput(name, "an int >= 0", _describe(value))
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _INT32_MAX:
+        raise InvalidInput(name, "an int from 0 to 2^31 - 1", _describe(value))
 
 
 def flag(name: str, value: bool) -> None:
@@ -577,7 +579,6 @@ def _is_strided(x: Tensor) -> bool:
 
 
 def _mask(causal: bool, window: Window, sinks: int, align: str | int) -> Mask:
-    flag("causal", causal)
     mask = Mask.from_window(causal=causal, window=window, sinks=sinks, align=align)
     for name, value in (("window", mask.left), ("window", mask.right), ("sinks", mask.sinks), ("align", mask.offset)):
         if value is not None and not -_INT32_MAX <= value <= _INT32_MAX:

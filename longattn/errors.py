@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+_LONGEST = 200  # characters of what came, in a message
+
 
 class InvalidInput(ValueError):
     """An argument does not satisfy the contract: names it, what was expected, and what came."""
 
     def __init__(self, argument: str, expected: str, got: object) -> None:
-        super().__init__(f"{argument}: expected {expected}, got {got}")
+        super().__init__(f"{argument}: expected {expected}, got {_on_one_line(got)}")
         self.argument = argument
         self.expected = expected
         self.got = got
@@ -33,3 +35,8 @@ class Unsupported(NotImplementedError):
 
     def __reduce__(self) -> tuple[type[Unsupported], tuple[str, dict[str, list[str]]]]:
         return type(self), (self.call, self.reasons)
+
+
+def _on_one_line(got: object) -> str:
+    text = " ".join(str(got).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -56,8 +56,10 @@ class Mask:
         left and r to the right, -1 for unbounded. `align` is "end", "start" or the offset itself.
 
         Raises:
-            InvalidInput: for a window, sinks or align outside these meanings.
+            InvalidInput: for a causal, window, sinks or align outside these meanings.
         """
+        if not isinstance(causal, bool):
+            raise InvalidInput("causal", "a bool", repr(causal))
         left, right = _window_sides(window)
         if causal:
             right = 0

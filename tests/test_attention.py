@@ -288,6 +288,27 @@ def test_large_scores(backend: str, dtype: torch.dtype) -> None:
     check_attention(torch.full_like(q, 100.0), -far, v, backend=backend)
 
 
+@pytest.mark.parametrize("nq", [2, 33])
+@pytest.mark.parametrize("backend, dtype", backend_params((torch.float32, torch.float64, torch.bfloat16), native=True))
+def test_masks_of_huge_numbers(backend: str, dtype: torch.dtype, nq: int) -> None:
+    """Instead of -inf, on the left of one sequence and all over another, which then has the mean of its values."""
+    tolerance = {"rtol": 1e-2, "atol": 1e-2}
+    q, k, v = (x.requires_grad_() for x in random_qkv(2, (2, 1), (nq, 300), 16, dtype))
+    dout = torch.randn(2, 2, nq, 16, dtype=dtype)
+    dout[1] = 0.0
+    for huge in (torch.finfo(dtype).min, -1e30):
+        bias = torch.zeros(2, 1, 1, 300, dtype=dtype)
+        bias[0, ..., :200] = bias[1] = huge
+        out, lse = longattn.attention(q, k, v, bias=bias, return_lse=True, backend=backend)
+        assert lse.isfinite().all()
+        expected = longattn.attention(q[:1], k[:1, :, 200:], v[:1, :, 200:], backend=backend)
+        torch.testing.assert_close(out[:1], expected, **tolerance)
+        torch.testing.assert_close(out[1], v[1].mean(1, keepdim=True).expand_as(out[1]), **tolerance)
+        grads = torch.autograd.grad(out, (q, k, v), dout)
+        for grad, x in zip(grads, torch.autograd.grad(expected, (q, k, v), dout[:1]), strict=True):
+            torch.testing.assert_close(grad, x, **tolerance)
+
+
 @pytest.mark.parametrize("order", ["rising", "falling"])
 @pytest.mark.parametrize("backend, dtype", backend_params(HALF_AND_FULL))
 def test_the_running_maximum_moves(backend: str, dtype: torch.dtype, order: str) -> None:

@@ -285,6 +285,11 @@ def test_errors_travel_between_processes() -> None:
         assert type(copy) is type(error) and str(copy) == str(error) and vars(copy) == vars(error)
 
 
+def test_a_message_is_a_line_that_can_be_read() -> None:
+    text = str(InvalidInput("window", "an int", torch.zeros(50, 50)))
+    assert text.startswith("window: expected an int, got tensor([[0.") and "\n" not in text and len(text) < 300
+
+
 def test_errors_are_what_callers_expect_to_catch() -> None:
     assert issubclass(InvalidInput, ValueError) and issubclass(Unsupported, NotImplementedError)
     text = str(Unsupported("a call", {"cpu": ["one", "two"], "reference": ["three"]}))

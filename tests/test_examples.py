@@ -44,6 +44,25 @@ def test_every_method_extends_a_small_model(tmp_path: Path, capsys: pytest.Captu
     assert found["StreamingLLM"][0] == pytest.approx(first, rel=1e-4)  # within the window it is as it was
 
 
+def test_a_model_learns_passkeys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(EXAMPLES / "passkey.py"))
+    prompts = example["Prompts"](tokens=1500, longest=700, rise=(0, 10))
+    for step in (0, 5, 20):
+        batch = prompts.batch(step)
+        assert batch["tokens"].shape == batch["targets"].shape and batch["tokens"].numel() <= 1500
+        for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+            text, counted = bytes(tokens.tolist()).decode(), targets[targets >= 0].tolist()
+            key = text.split("The pass key is ")[1].split(".")[0]
+            assert bytes(counted).decode() == f"{key} {key}" and len(key) != example["DIGITS"]
+            counts = targets[:-1] >= 0
+            assert torch.equal(tokens[1:][counts], targets[:-1][counts])
+    assert prompts.batch(0)["tokens"].shape[1] <= 180
+    assert 180 < max(prompts.batch(step)["tokens"].shape[1] for step in range(10, 20)) <= 700
+    found = example["main"](tmp_path, steps=2, tuning_steps=1, dim=32, prompts=2)
+    assert all(len(shares) == 4 and all(0.0 <= share <= 1.0 for share in shares) for shares in found.values())
+    assert "YaRN, tuned" in capsys.readouterr().out
+
+
 def test_a_gpt_and_its_student(sources: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tokenizers")
     gpt = runpy.run_path(str(EXAMPLES / "pretrain_gpt.py"))["main"]

@@ -260,6 +260,7 @@ Q, K = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
         ("rows", torch.tensor([1.0])),
         ("rows", torch.tensor([0, 7])),
         ("rows", torch.tensor([True])),
+        ("rows", torch.tensor([1], device="meta")),
     ],
 )
 def test_bad_rows(argument: str, rows: Any) -> None:

@@ -156,6 +156,8 @@ def test_from_window(keywords: dict[str, Any], expected: Mask) -> None:
 
 
 BAD = [
+    ("causal", 1),
+    ("causal", None),
     ("window", 0),
     ("window", -1),
     ("window", True),

@@ -107,6 +107,7 @@ OUT, LSE = torch.zeros(2, 3, 4), torch.zeros(2, 3)
 BAD = {
     "nothing": ([], []),
     "no lists": (5, 6),
+    "no outs": ([], [LSE]),
     "fewer lses": ([OUT, OUT], [LSE]),
     "more lses": ([OUT], [LSE, LSE]),
     "no tensors": ([1.0], [2.0]),

@@ -40,6 +40,15 @@ def test_lengths(backend: str, dtype: torch.dtype, lengths: str, mask: str) -> N
     )
 
 
+@pytest.mark.parametrize("backend", backend_names(native=True))
+def test_tokens_without_a_sequence(backend: str) -> None:
+    q, k, v = (torch.randn(3, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    slopes, none = torch.zeros(0, 4, requires_grad=True), ints(0)
+    out = longattn.attention_varlen(q, k, v, none, none, 0, 0, alibi_slopes=slopes, backend=backend)
+    grads = torch.autograd.grad(out, (q, k, v, slopes), torch.ones_like(out))
+    assert not any(x.any() for x in (out, *grads)) and grads[3].shape == (0, 4)
+
+
 def ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 

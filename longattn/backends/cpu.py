@@ -95,7 +95,7 @@ class CpuBackend(Backend):
         if grads.bias is not None:
             dbias = torch.zeros(grads.bias.shape, dtype=problem.accumulate_dtype)
             params.dbias = _bias(dbias)
-        if grads.alibi_slopes is not None:
+        if grads.alibi_slopes is not None and grads.alibi_slopes.numel():  # [0, Hq] where no sequences are packed
             dslopes = torch.zeros_like(lse)  # of each query
             params.dslope_rows = dslopes.data_ptr()
         native().attention_backward(params)

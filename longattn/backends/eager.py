@@ -342,19 +342,23 @@ class Tile:
                 scores = scores + bias.to(part.dtype)
         self.scores = scores = scores.masked_fill(~allowed, -torch.inf)
 
-        sinks = None if tensors.sink_logits is None else tensors.sink_logits.to(part.dtype)[:, None]
-        self.lse = self._lse(sinks) if lse is None else lse
-        shift = torch.where(self.lse == -torch.inf, 0.0, self.lse)
-        self.weights = torch.exp(scores - shift[..., None])
-        self.sink = torch.zeros_like(shift) if sinks is None else torch.exp(sinks - shift)  # its weight
-        self.keep = self._dropout() if problem.dropout_p else None  # the multiplier of each weight
-
-    def _lse(self, sinks: Tensor | None) -> Tensor:
-        if self.scores.shape[-1]:
-            lse = torch.logsumexp(self.scores, -1)
+        none = scores.new_full(scores.shape[:-1], -torch.inf)
+        sinks = none if tensors.sink_logits is None else tensors.sink_logits.to(part.dtype)[:, None].expand_as(none)
+        if lse is None:
+            # Not exp(s - lse): next to a largest score of -1e30, lse has no digits left for the number of keys.
+            peak = torch.cat((scores, sinks[..., None]), -1).detach().amax(-1)
+            peak = torch.where(peak == -torch.inf, 0.0, peak)
+            weights, sink = torch.exp(scores - peak[..., None]), torch.exp(sinks - peak)
+            total = weights.sum(-1) + sink
+            self.lse = peak + torch.log(total)
+            total = torch.where(total == 0, 1.0, total)
+            self.weights, self.sink = weights / total[..., None], sink / total  # of the keys and of the sink
         else:
-            lse = self.scores.new_full(self.scores.shape[:-1], -torch.inf)
-        return lse if sinks is None else torch.logaddexp(lse, sinks)
+            self.lse = lse
+            shift = torch.where(lse == -torch.inf, 0.0, lse)
+            self.weights = torch.exp((scores - shift[..., None]).clamp(max=0.0))
+            self.sink = torch.exp((sinks - shift).clamp(max=0.0))
+        self.keep = self._dropout() if problem.dropout_p else None  # the multiplier of each weight
 
     def keys(self) -> Tensor:
         """Which key stands in which column: int64 [keys]."""

@@ -89,6 +89,7 @@ class Cache(ABC):
         Args:
             sequences, tree: as in `attention_with_cache`.
         """
+        arguments.count("new", new)
         rows = self._rows(sequences)
         starts = torch.tensor([self._lengths[row] for row in rows], device=self.device)
         if tree is None:
@@ -162,7 +163,7 @@ class Cache(ABC):
         Raises:
             InvalidInput: no such sequences, target in use, a length that source does not have.
         """
-        self._check_live(source)
+        self._check_live(source, "source")
         if target is None:
             if all(self._live):
                 raise InvalidInput("target", "a sequence that is free, or was freed", f"{self.batch} in use")
@@ -203,7 +204,7 @@ class Cache(ABC):
         self._check_live(sequence)
         self._check_length(sequence, length)
         drafts = self._lengths[sequence] - length
-        chosen = list(branch)
+        chosen = arguments.int_list("branch", branch)
         if chosen != sorted(set(chosen)) or (chosen and not 0 <= chosen[0] <= chosen[-1] < drafts):
             raise InvalidInput("branch", f"ascending numbers of the {drafts} draft tokens", chosen)
         self._make_own(sequence, length)
@@ -221,11 +222,11 @@ class Cache(ABC):
         Raises:
             InvalidInput: not one sequence in use for each.
         """
-        chosen = list(index)
+        chosen = arguments.int_list("index", index)
         if len(chosen) != self.batch:
             raise InvalidInput("index", f"{self.batch} sequences", chosen)
         for sequence in chosen:
-            self._check_live(sequence)
+            self._check_live(sequence, "index")
         self._permute(chosen)
         self._lengths = [self._lengths[sequence] for sequence in chosen]
         self._live = [True] * self.batch
@@ -310,11 +311,11 @@ class Cache(ABC):
         """The sequences of a call, each of them in use."""
         if sequences is None:
             return list(range(self.batch))
-        rows = list(sequences)
+        rows = arguments.int_list("sequences", sequences)
         if not rows or len(set(rows)) != len(rows):
             raise InvalidInput("sequences", "at least one sequence, each of them once", rows)
         for row in rows:
-            self._check_live(row)
+            self._check_live(row, "sequences")
         return rows
 
     def _check_counts(self, rows: list[int], counts: list[int]) -> None:
@@ -323,6 +324,8 @@ class Cache(ABC):
                 raise InvalidInput("lengths", f"0 for sequence {row}, that was freed", count)
 
     def _check_rope(self, rope: Rope | None) -> None:
+        if rope is not None and not isinstance(rope, Rope):
+            raise InvalidInput("rope", "None or a longattn.Rope", repr(rope))
         if rope is not self._rope and rope != self._rope and any(self._lengths):
             raise InvalidInput("rope", f"{self._rope}, that turned the keys in the cache", rope)
 
@@ -330,10 +333,10 @@ class Cache(ABC):
         if isinstance(sequence, bool) or not isinstance(sequence, int) or not 0 <= sequence < self.batch:
             raise InvalidInput(name, f"a sequence of 0 to {self.batch - 1}", repr(sequence))
 
-    def _check_live(self, sequence: int) -> None:
-        self._check_sequence("sequence", sequence)
+    def _check_live(self, sequence: int, name: str = "sequence") -> None:
+        self._check_sequence(name, sequence)
         if not self._live[sequence]:
-            raise InvalidInput("sequence", "one in use", f"{sequence}, that was freed")
+            raise InvalidInput(name, "one in use", f"{sequence}, that was freed")
 
     def _check_length(self, sequence: int, length: int) -> None:
         held = self._lengths[sequence]

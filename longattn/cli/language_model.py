@@ -96,8 +96,12 @@ def _of_transformers(path: Path, gguf: str | None, dtype: torch.dtype, device: s
 
     huggingface.register()
     where: dict[str, Any] = {"local_files_only": True} | ({"gguf_file": gguf} if gguf else {})
-    tokenizer = AutoTokenizer.from_pretrained(path, **where)
-    config = None if gguf else AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        config = None if gguf else AutoConfig.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+    except (OSError, ValueError) as error:
+        expected = "a folder with a configuration and a tokenizer that transformers can read"
+        raise InvalidInput("MODEL", expected, f"{path}: {error}") from error
     theirs: Any = None
     model: Any = None
     if config is not None and not keep:

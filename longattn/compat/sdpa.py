@@ -54,7 +54,7 @@ def scaled_dot_product_attention(
             raise _unsupported(f"a nested {name}")
         if not isinstance(x, Tensor) or x.dim() < 2 or x.layout != torch.strided:
             raise InvalidInput(name, "a strided tensor of at least 2 dimensions [..., L, E]", described(x))
-    if dropout_p == 1:
+    if isinstance(dropout_p, (int, float)) and dropout_p == 1:
         raise _unsupported("dropout_p = 1")
     flag("is_causal", is_causal)
     flag("enable_gqa", enable_gqa)

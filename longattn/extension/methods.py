@@ -256,6 +256,8 @@ def check_layer_methods(methods: Sequence[Method], rope: Rope | None) -> None:
 
     A Remapping needs a rotation whose frequencies do not depend on the length.
     """
+    if not isinstance(methods, Sequence):
+        raise InvalidInput("methods", "a sequence of methods", repr(methods))
     kinds: list[type[Method]] = [LogN, ShiftedGroups, Remapping]
     for method in methods:
         kind = next((kind for kind in kinds if isinstance(method, kind)), None)

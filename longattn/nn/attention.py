@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longattn.arguments import Positions, Window, new_lengths
+from longattn.arguments import Positions, Window, flag, new_lengths
 from longattn.cache import Cache, attention_with_cache
 from longattn.errors import InvalidInput
 from longattn.extension import (
@@ -91,11 +91,11 @@ class Attention(nn.Module):
         check_dropout(dropout)
         if window_positions not in ("original", "cache"):
             raise InvalidInput("window_positions", "'original' or 'cache'", repr(window_positions))
+        check_layer_methods(methods, rope)
         if (methods or window_positions == "cache") and not causal:
             raise InvalidInput("causal", "True with methods or window_positions 'cache'", causal)
         if window_positions == "cache" and (rope is None or not isinstance(window, int)):
             raise InvalidInput("window_positions", "'original' without a rotation and a window", window_positions)
-        check_layer_methods(methods, rope)
 
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -172,6 +172,7 @@ class Attention(nn.Module):
         """
         if (cu_seqlens is None) != (max_seqlen is None):
             raise InvalidInput("max_seqlen", "an int with cu_seqlens, None without", max_seqlen)
+        flag("append", append)
         if cache is not None:
             unwanted = {"context": context, "key_mask": key_mask, "key_lens": key_lens, "bounds": bounds}
             unwanted |= {"cu_seqlens": cu_seqlens}
@@ -448,7 +449,7 @@ class Attention(nn.Module):
         return k if self.k_norm is None else self.k_norm(k), v
 
     def _check_input(self, name: str, x: Tensor, packed: bool) -> None:
-        if not isinstance(x, Tensor) or x.dim() != (2 if packed else 3) or x.shape[-1] != self.embed_dim:
+        if not isinstance(x, Tensor) or x.is_nested or x.dim() != (2 if packed else 3) or x.shape[-1] != self.embed_dim:
             axes = f"[T, {self.embed_dim}] with cu_seqlens" if packed else f"[B, N, {self.embed_dim}]"
-            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) and not x.is_nested else type(x).__name__
             raise InvalidInput(name, f"a tensor {axes}", got)

@@ -68,6 +68,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         check_positive_int("num_heads", num_heads)
         if embed_dim % num_heads:
             raise InvalidInput("embed_dim", f"a multiple of num_heads {num_heads}", embed_dim)
+        for name, width in (("kdim", kdim), ("vdim", vdim)):
+            if width is not None:
+                check_positive_int(name, width)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
@@ -130,7 +133,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         # PyTorch lets the hint take the mask's place but where it returns weights or merges both masks. For a true hint
         # the merged mask says the same, save that it shows the appended keys to every query.
         merges = appends and key_padding_mask is not None
-        causal = is_causal and (attn_mask is None or not (need_weights or merges))
+        causal = bool(is_causal and (attn_mask is None or not (need_weights or merges)))
         if causal:
             attn_mask = None
         if key_padding_mask is not None and not batched:
@@ -250,8 +253,8 @@ def _check_mask(name: str, mask: Tensor | None, shapes: list[tuple[int, ...]]) -
     if mask is None:
         return
     expected = f"a bool or floating tensor {' or '.join(str(list(shape)) for shape in shapes)}"
-    if not isinstance(mask, Tensor):
-        raise InvalidInput(name, expected, type(mask).__name__)
+    if not isinstance(mask, Tensor) or mask.is_nested:
+        raise InvalidInput(name, expected, "a nested tensor" if isinstance(mask, Tensor) else type(mask).__name__)
     if (mask.dtype != torch.bool and not mask.is_floating_point()) or tuple(mask.shape) not in shapes:
         raise InvalidInput(name, expected, f"{str(mask.dtype)[6:]} of shape {tuple(mask.shape)}")
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn import Module
 
 from longattn.arguments import Window
+from longattn.errors import InvalidInput
 from longattn.nn.multihead import MultiheadAttention, check_options
 from longattn.rope import Rope
 
@@ -36,8 +37,10 @@ def replace_attention(model: M, *, window: Window = None, sinks: int = 0, rope: 
         The model.
 
     Raises:
-        InvalidInput: the options do not fit one of the modules; then none is replaced.
+        InvalidInput: no module, or options that do not fit one of its modules; then none is replaced.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise InvalidInput("model", "a torch.nn.Module", type(model).__name__)
     replaced = []
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.MultiheadAttention) or isinstance(module, MultiheadAttention):

@@ -288,7 +288,12 @@ def test_rings_stay_small_however_long_the_stream() -> None:
         (lambda: KVCache(1, 1, 4).fork(0, 0, length=1), "length"),
         (lambda: KVCache(1, 1, 4).allocate(), "cache"),
         (lambda: KVCache(2, 1, 4).reorder([0]), "index"),
+        (lambda: KVCache(2, 1, 4).reorder(1), "index"),
+        (lambda: KVCache(2, 1, 4).reorder([0, 2]), "index"),
+        (lambda: KVCache(2, 1, 4).fork(2), "source"),
         (lambda: KVCache(2, 1, 4).accept(0, 0, [0]), "branch"),
+        (lambda: KVCache(2, 1, 4).accept(0, 0, "first"), "branch"),
+        (lambda: KVCache(2, 1, 4).next_positions(-1), "new"),
     ],
 )
 def test_bad_arguments(make: Any, name: str) -> None:

@@ -222,6 +222,9 @@ def test_models_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused = run("eval", tmp_path / "empty", "--lengths", 64)
     assert refused.exit_code == 1 and "MODEL" in refused.output
+    (tmp_path / "empty" / "config.json").write_text("no JSON")
+    refused = run("eval", tmp_path / "empty", "--lengths", 64)
+    assert refused.exit_code == 1 and "MODEL" in refused.output
 
 
 def test_lengths() -> None:

@@ -238,6 +238,7 @@ def test_can_be_made_without_memory() -> None:
         ("rope", {"rope": Rope(8)}),
         ("rope", {"rope": 10000.0}),
         ("dropout", {"dropout": -0.1}),
+        ("methods", {"methods": None}),
     ],
     ids=str,
 )
@@ -259,6 +260,7 @@ def test_bad_constructor_arguments(argument: str, arguments: dict[str, Any]) -> 
         ("key_mask", {"key_mask": torch.ones(BATCH, LENGTH)}),
         ("key_lens", {"key_lens": torch.ones(LENGTH, dtype=torch.int32)}),
         ("positions", {"positions": torch.arange(LENGTH)}),  # the module has no rope
+        ("append", {"append": None}),
         ("max_seqlen", {"max_seqlen": 3}),
         ("max_seqlen", {"cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}),
         (

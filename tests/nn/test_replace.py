@@ -78,6 +78,11 @@ def test_nothing_is_replaced_if_one_module_cannot_be() -> None:
     assert all(type(module) is nn.MultiheadAttention for module in model)
 
 
+def test_only_modules_are_replaced() -> None:
+    with pytest.raises(InvalidInput, match="model"):
+        replace_attention([nn.MultiheadAttention(8, 2)])  # type: ignore[type-var]
+
+
 def test_modules_with_a_forward_of_their_own_stay() -> None:
     class Doubled(nn.MultiheadAttention):
         def forward(self, *args: Any, **keywords: Any) -> Any:

@@ -1,11 +1,12 @@
 // Backward: for each block of keys, over panels of queries,
 //
 //   S = K Q^T, dP = V dO^T                        [keys, 64]: queries in lanes
-//   P = exp2(c S - lse log2 e)                    dS = P (dP - delta)
+//   P = exp(min(a S - lse, 0))                    dS = P (dP - delta)
 //   dV += P dO, dK += dS Q                        [keys, width]
 //   dQ += dS^T K                                  [64, width], added in the order of key blocks: see Turn
 //
-// with delta_i = rowsum(dO_i O_i) - dLSE_i.
+// with delta_i = rowsum(dO_i O_i) - dLSE_i, and a S the scores in natural units (scores.h). No weight exceeds 1, but
+// rounding may put the lse of huge scores, as those of a mask of -1e30, far below them.
 #pragma once
 
 #include "cpu/kernels/forward.h"
@@ -86,7 +87,7 @@ void delta_tile(const AttentionParams& p, const QueryTile& tile) {
 // Where each of 64 lanes stands in the softmax. Lanes that see nothing, or hold no row, have lse +inf, so that P is 0.
 template <class T>
 struct LaneSoftmax {
-  alignas(64) T lse[kPanelRows];  // times log2 e
+  alignas(64) T lse[kPanelRows];
   alignas(64) T delta[kPanelRows];
 
   explicit LaneSoftmax(const Panel& panel) {
@@ -96,7 +97,7 @@ struct LaneSoftmax {
       if (r >= panel.rows) continue;
       const int64_t index = row_index(panel, locate(panel, r));
       const T found = *at<T>(panel.params->lse, index);
-      if (found != T(-kInfinity)) lse[r] = static_cast<T>(found * kLog2e);
+      if (found != T(-kInfinity)) lse[r] = found;
       delta[r] = *at<T>(panel.params->delta, index);
     }
   }
@@ -112,12 +113,12 @@ inline void differentiate(const Panel& panel, int64_t base, int64_t keys, const 
   hide<T>(panel, base, keys, scratch.scores);
   if (scratch.keep) dropout_multipliers<T>(panel, base, keys, scratch.keep);
   const LaneSoftmax<T> lanes(panel);
-  const T exponent = static_cast<T>(score_scale(p).exponent);
+  const T natural = static_cast<T>(score_scale(p).natural);
   for (int64_t j = 0; j < keys; ++j)
     for (int n = 0; n < kPanelRows; n += W) {
       const int64_t at = j * kPanelRows + n;
-      const Vec<T> weight =
-          exp2<T, Operands::kExpTerms>(load<T>(scratch.scores + at) * exponent - load<T>(lanes.lse + n));
+      const Vec<T> log = minimum<T>(Vec<T>{}, load<T>(scratch.scores + at) * natural - load<T>(lanes.lse + n));
+      const Vec<T> weight = exp2<T, Operands::kExpTerms>(log * T(kLog2e));
       Vec<T> dweight = load<T>(scratch.dscores + at);
       if (scratch.keep) dweight *= load<T>(scratch.keep + at);
       const Vec<T> dscore = weight * (dweight - load<T>(lanes.delta + n));

@@ -2,8 +2,8 @@
 // them. Over blocks of keys,
 //
 //   S = K Q^T           [keys][kPanelRows], dot products along D
-//   m' = max(m, colmax S)   P = exp2(c S - c m')   l' = l exp2(c m - c m') + colsum P
-//   O' = O exp2(c m - c m') + P^T V       [rows][Dv]
+//   m' = max(m, colmax S)   P = exp2(c (S - m'))   l' = l exp2(c (m - m')) + colsum P
+//   O' = O exp2(c (m - m')) + P^T V       [rows][Dv]
 //
 // with c as in forward.h. int8 is multiplied by its scales at the end of the first product, and before the second.
 #pragma once
@@ -235,11 +235,11 @@ inline void weigh_block(int64_t keys, int64_t rows, T exponent, T* scores, T* la
     const Vec<T> before = load<T>(largest + n);
     Vec<T> top = before;
     for (int64_t j = 0; j < keys; ++j) top = maximum<T>(load<T>(scores + j * kPanelRows + n), top);
-    const Vec<T> reference = top == unseen ? Vec<T>{} : top * exponent;  // -inf - -inf would be NaN
-    const Vec<T> fall = exp2<T, kFullTerms<T>>(before * exponent - reference);
+    const Vec<T> reference = top == unseen ? Vec<T>{} : top;  // -inf - -inf would be NaN
+    const Vec<T> fall = exp2<T, kFullTerms<T>>((before - reference) * exponent);
     Vec<T> sum{};
     for (int64_t j = 0; j < keys; ++j) {
-      const Vec<T> weight = exp2<T, kFullTerms<T>>(load<T>(scores + j * kPanelRows + n) * exponent - reference);
+      const Vec<T> weight = exp2<T, kFullTerms<T>>((load<T>(scores + j * kPanelRows + n) - reference) * exponent);
       sum += weight;
       store<T>(scores + j * kPanelRows + n, weight);
     }
@@ -255,7 +255,7 @@ void decode_tile(const AttentionParams& p, const QueryTile& tile, char* memory) 
   const int64_t group = p.q_heads / p.kv_heads, rows = tile.queries * group;
   const DecodeScratch<T> scratch(p, memory);
   const ScoreScale scale = score_scale(p);
-  const T exponent = static_cast<T>(scale.exponent);
+  const T natural = static_cast<T>(scale.natural), exponent = static_cast<T>(scale.natural * kLog2e);
   const int64_t width = row_width(p.head_dim), v_width = row_width(p.v_head_dim);
 
   Panel panel = make_panel(p, tile.sequence, tile.kv_head, group, tile.first_query * group, rows);
@@ -315,9 +315,8 @@ void decode_tile(const AttentionParams& p, const QueryTile& tile, char* memory) 
   for (int64_t r = 0; r < rows; ++r) {
     T* values = scratch.sums + r * v_width;
     const T inverse = total[r] == 0 ? T(0) : static_cast<T>(1 / static_cast<double>(total[r]));
-    const double lse = total[r] == 0
-                           ? -kInfinity
-                           : static_cast<double>(largest[r]) * exponent * kLn2 + ::log(static_cast<double>(total[r]));
+    const double lse =
+        total[r] == 0 ? -kInfinity : static_cast<double>(largest[r]) * natural + ::log(static_cast<double>(total[r]));
     for (int64_t c = 0; c < p.v_head_dim; ++c) values[c] *= inverse;
     if (!tile.partial) {
       finish_row<T>(panel, r, lse, values);

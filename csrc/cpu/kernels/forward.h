@@ -1,12 +1,13 @@
 // Forward: for each panel of queries, over blocks of keys, a step of a few keys at a time,
 //
 //   S = K Q^T                       [keys, 64]: queries in lanes, so that sums run down columns
-//   P = exp2(c S - r)               l += sum P
+//   P = exp2(c (S - r))             l += sum P
 //
-// and after each block O += V^T P, [Dv, 64], with c = scale log2(e) (scores.h). The reference r of a row is c times the
-// largest score that it had seen when r was last moved; it moves when weights outgrow it by kLimit, which they seldom
-// do, and then l and O are rescaled. At the end out = O / l and lse = (r + log2 l) ln 2; a learned sink adds to l
-// alone.
+// and after each block O += V^T P, [Dv, 64], with c = scale log2(e) (scores.h). The reference r of a row is the largest
+// score that it had seen when r was last moved; it moves when weights outgrow it by kLimit, which they seldom do, and
+// then l and O are rescaled. The difference comes first: c S - c r, in one rounding, would leave that of c r, which is
+// larger than all exponents where a mask is a finite number such as -1e30. At the end out = O / l and
+// lse = scale r + log l; a learned sink adds to l alone.
 #pragma once
 
 #include <cmath>
@@ -17,8 +18,6 @@
 
 namespace longattn {
 namespace {
-
-constexpr double kLn2 = 0.6931471805599453094;
 
 template <class T>
 struct PanelState {                     // of the online softmax; lanes
@@ -78,8 +77,9 @@ inline void move_references(int64_t keys, int64_t lanes, T exponent, const T* sc
     for (int64_t j = 0; j < keys; ++j) largest = maximum<T>(load<T>(scores + j * kPanelRows + n), largest);
     const Vec<T> before = load<T>(state->reference + n);
     const IntVec<T> moves = (before == unseen) | ~(load<T>(state->step + n) <= splat<T>(T(kLimit)));
-    const Vec<T> after = moves ? maximum<T>(largest * exponent, before) : before;
-    const Vec<T> decay = exp2<T, kFullTerms<T>>(after == unseen ? Vec<T>{} : before - after);  // -inf - -inf is NaN
+    const Vec<T> after = moves ? maximum<T>(largest, before) : before;
+    const Vec<T> fall = after == unseen ? Vec<T>{} : before - after;  // -inf - -inf is NaN
+    const Vec<T> decay = exp2<T, kFullTerms<T>>(fall * exponent);
     store<T>(state->reference + n, after);
     store<T>(state->total + n, load<T>(state->total + n) * decay);
     for (int64_t c = 0; c < columns; ++c) {
@@ -139,8 +139,8 @@ inline bool weigh(int64_t keys, int64_t lanes, T exponent, const T* scores, cons
     int64_t j = 0;
     for (; j + 2 <= keys; j += 2) {
       ahead->fetch();
-      Vec<T> a = exp2<T, Operands::kExpTerms>(load<T>(column + j * kPanelRows) * exponent - reference);
-      Vec<T> b = exp2<T, Operands::kExpTerms>(load<T>(column + (j + 1) * kPanelRows) * exponent - reference);
+      Vec<T> a = exp2<T, Operands::kExpTerms>((load<T>(column + j * kPanelRows) - reference) * exponent);
+      Vec<T> b = exp2<T, Operands::kExpTerms>((load<T>(column + (j + 1) * kPanelRows) - reference) * exponent);
       sum += a;
       other_sum += b;
       if (keep) {
@@ -150,7 +150,7 @@ inline bool weigh(int64_t keys, int64_t lanes, T exponent, const T* scores, cons
       Operands::store_right(weights, j, n, a, b);
     }
     if (j < keys) {
-      Vec<T> a = exp2<T, Operands::kExpTerms>(load<T>(column + j * kPanelRows) * exponent - reference);
+      Vec<T> a = exp2<T, Operands::kExpTerms>((load<T>(column + j * kPanelRows) - reference) * exponent);
       sum += a;
       if (keep) a *= load<T>(keep + j * kPanelRows + n);
       Operands::store_right(weights, j, n, a, Vec<T>{});
@@ -179,16 +179,17 @@ inline void finish_row(const Panel& panel, int64_t r, double lse, T* values) {
   *at<T>(p.lse, row_index(panel, row)) = static_cast<T>(lse);
 }
 
-// out = O / l and lse = (r + log2 l) ln 2 of the keys seen; rows that saw none give 0 and -inf.
+// out = O / l and lse = scale r + log l of the keys seen; rows that saw none give 0 and -inf.
 template <class T>
 inline void finish_panel(const Panel& panel, const PanelState<T>& state, const T* sums, T* rows, T* partial) {
   const AttentionParams& p = *panel.params;
   const int64_t width = row_width(p.v_head_dim);
+  const T natural = static_cast<T>(score_scale(p).natural);
   transpose<T>(sums, kPanelRows, width, panel_lanes(panel), rows, width);
   for (int64_t r = 0; r < panel.rows; ++r) {
     const double total = state.total[r];
     const T inverse = total == 0 ? T(0) : static_cast<T>(1 / total);
-    const double lse = total == 0 ? -kInfinity : static_cast<double>(state.reference[r]) * kLn2 + ::log(total);
+    const double lse = total == 0 ? -kInfinity : static_cast<double>(state.reference[r]) * natural + ::log(total);
     T* values = rows + r * width;
     for (int64_t c = 0; c < p.v_head_dim; ++c) values[c] *= inverse;
     if (partial) {
@@ -249,7 +250,7 @@ inline void forward_block(const ForwardScratch<Operands>& scratch, int64_t n, co
   using T = typename Operands::Sum;
   const Panel& panel = scratch.panels[n];
   const AttentionParams& p = *panel.params;
-  const T exponent = static_cast<T>(score_scale(p).exponent);
+  const T exponent = static_cast<T>(score_scale(p).natural * kLog2e);
   const int64_t lanes = panel_lanes(panel);
   auto* block_weights = Operands::weights(scratch.scores, scratch.weights);
   T* sums = scratch.sums + n * kPanelRows * row_width(p.v_head_dim);

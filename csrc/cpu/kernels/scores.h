@@ -11,12 +11,12 @@ namespace {
 
 constexpr double kLog2e = 1.4426950408889634074;
 
-// How a call's products become exponents of 2: products are those of `query` times q; weights are exp2(exponent *
-// score). Plain calls leave the products as scores; others have `adjust` make scores in natural units.
+// How a call's products become exponents: products are those of `query` times q; weights are exp(natural * score).
+// Plain calls leave the products as scores; others have `adjust` make scores in natural units.
 struct ScoreScale {
-  double query;     // keeps the factor that follows positive, whatever the sign of scale
-  double score;     // from products to scores before the softcap
-  double exponent;  // from scores to exponents
+  double query;    // keeps the factor that follows positive, whatever the sign of scale
+  double score;    // from products to scores before the softcap
+  double natural;  // from scores to natural units
 };
 
 inline bool adjusts(const AttentionParams& p) { return p.softcap > 0 || p.alibi_slopes || p.bias.data; }
@@ -25,7 +25,7 @@ inline ScoreScale score_scale(const AttentionParams& p) {
   const double size = p.scale < 0 ? -p.scale : p.scale;
   const bool none = size < (p.dtype == DType::kFloat64 ? DBL_MIN : FLT_MIN);  // 0, or would be in the accumulation type
   const double magnitude = none ? 1.0 : size, query = none ? 0.0 : p.scale < 0 ? -1.0 : 1.0;
-  return adjusts(p) ? ScoreScale{query, magnitude, kLog2e} : ScoreScale{query, 1.0, magnitude * kLog2e};
+  return adjusts(p) ? ScoreScale{query, magnitude, 1.0} : ScoreScale{query, 1.0, magnitude};
 }
 
 // tanh(x) = x + x^3 (...) near 0, where the quotient of exponentials would lose digits; else 1 - 2 / (exp(2 x) + 1).

@@ -8,6 +8,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -62,7 +63,8 @@ def scores(products, terms, b, h, i, j, p, inside, slope, PLAIN: tl.constexpr):
             if terms.bias.dtype.element_ty == tl.uint8:
                 x = tl.where(bias != 0, x, float("-inf"))
             else:
-                x += bias.to(tl.float32) * LOG2E
+                bias = bias.to(tl.float32)
+                x += tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2E, LOWEST))  # finite ones hide nothing
         return x, derivative
 
 

@@ -73,6 +73,24 @@ KV_HEADS = (2, 1)
 WIDTHS = ((16, 16), (10, 7), (5, 20))
 
 
+@pytest.mark.parametrize("huge", [-1e30, -1.1e30, torch.finfo(torch.float32).min])
+def test_masks_of_huge_numbers(huge: float) -> None:
+    """Instead of -inf, on the left of one sequence and all over another, which then has the mean of its values."""
+    q, k, v = (x.requires_grad_() for x in random_qkv(2, (HQ, 1), (NQ, NK), 16))
+    bias = torch.zeros(2, 1, 1, NK)
+    bias[0, ..., :20] = bias[1] = huge
+    out, lse = longattn.attention(q, k, v, bias=bias, return_lse=True, backend="triton")
+    assert lse.isfinite().all()
+    torch.testing.assert_close(out[1], v[1].mean(1, keepdim=True).expand_as(out[1]))
+    dout = torch.randn_like(out)
+    dout[1] = 0.0
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    expected = longattn.attention(q[:1], k[:1, :, 20:], v[:1, :, 20:], backend="triton")
+    torch.testing.assert_close(out[:1], expected)
+    for grad, x in zip(grads, torch.autograd.grad(expected, (q, k, v), dout[:1]), strict=True):
+        torch.testing.assert_close(grad, x)
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features(feature: str) -> None:
     at = list(FEATURES).index(feature)
