@@ -144,7 +144,7 @@ def _row(name: str, models: Sequence[Decoder], ratios: Sequence[int], prompts: i
 
 
 def main(
-    folder: Path, *, steps: int = 1800, tuning_steps: int = 400, dim: int = 128, prompts: int = 40
+    folder: Path, *, steps: int = 1800, tuning_steps: int = 1000, dim: int = 128, prompts: int = 40
 ) -> dict[str, list[float]]:
     """Train in `folder`, extend, fine-tune, and return the table."""
     tuned(folder, trained(folder, steps, dim), tuning_steps)
