@@ -35,7 +35,7 @@ def test_at_the_trained_length(example: dict[str, Any], trained: Decoder) -> Non
     assert example["right_digits"](trained, 512, prompts=40) >= 0.95
 
 
-@pytest.mark.parametrize(("length", "prompts", "least"), [(512, 40, 0.95), (4096, 20, 0.95)])
+@pytest.mark.parametrize(("length", "prompts", "least"), [(512, 40, 0.95), (2048, 40, 0.95), (4096, 20, 0.95)])
 def test_after_tuning(example: dict[str, Any], length: int, prompts: int, least: float) -> None:
     tuned = load_model(FOLDER / "tuned.safetensors")
     assert tuned.config.rope_scaling == YaRN(8, 512)
