@@ -34,6 +34,7 @@ LAYERS = (
     ("problem",),
     ("mask", "rope"),
     ("scaling",),
+    ("files",),
     ("errors", "_build_info", "_version", "_C"),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
