@@ -1,26 +1,36 @@
-"""Exact long-context attention for PyTorch: one meaning on every backend, memory linear in the sequence length."""
+"""Exact long-context attention for PyTorch: one meaning on every backend, memory linear in the sequence length.
+
+Public names load on first use, so `import longattn` does not wait for PyTorch. The operators `torch.ops.longattn` exist
+as soon as both longattn and torch are imported, in either order: a program that `torch.export` saved can be loaded.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import importlib.util
 
-from longattn import scaling
+from longattn import _with_torch
 from longattn._version import __version__
-from longattn.cache import KVCache, PagedKVCache, SlidingKVCache, attention_with_cache
-from longattn.errors import CacheFull, InvalidInput, Unsupported
-from longattn.explanation import Explanation
-from longattn.functional import apply_rope, attention, attention_varlen, explain, merge_attention
-from longattn.inspect import AttentionStats, attention_rows, attention_stats
-from longattn.mask import Mask
-from longattn.rope import Rope
 
+TYPE_CHECKING = False  # as typing.TYPE_CHECKING, without the time that importing typing takes
 if TYPE_CHECKING:
+    from typing import Any
+
     import longattn.compat as compat
     import longattn.distributed as distributed
     import longattn.integrations as integrations
     import longattn.models as models
     import longattn.nn as nn
+    import longattn.scaling as scaling
+    from longattn.cache import KVCache, PagedKVCache, SlidingKVCache, attention_with_cache
+    from longattn.errors import CacheFull, InvalidInput, Unsupported
+    from longattn.explanation import Explanation
+    from longattn.functional import apply_rope, attention, attention_varlen, explain, merge_attention
+    from longattn.inspect import AttentionStats, attention_rows, attention_stats
+    from longattn.mask import Mask
+    from longattn.rope import Rope
+
+    _C: Any  # the extension, where it was built
 
 __all__ = [
     "AttentionStats",
@@ -50,11 +60,33 @@ __all__ = [
     "scaling",
 ]
 
-_SUBPACKAGES = ("compat", "distributed", "integrations", "models", "nn")
+# Public names by the module that defines them. The others of __all__ are modules.
+_DEFINED_IN = {
+    "cache": ("KVCache", "PagedKVCache", "SlidingKVCache", "attention_with_cache"),
+    "errors": ("CacheFull", "InvalidInput", "Unsupported"),
+    "explanation": ("Explanation",),
+    "functional": ("apply_rope", "attention", "attention_varlen", "explain", "merge_attention"),
+    "inspect": ("AttentionStats", "attention_rows", "attention_stats"),
+    "mask": ("Mask",),
+    "rope": ("Rope",),
+}
+_MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
+
+if not TYPE_CHECKING:  # a type checker sees the names above, and no others
+
+    def __getattr__(name: str) -> object:
+        """Load a public name or a module of the package on first use."""
+        if name in _MODULE_OF:
+            value = getattr(importlib.import_module(f"longattn.{_MODULE_OF[name]}"), name)
+            globals()[name] = value
+            return value
+        if not name.startswith("_") and importlib.util.find_spec(f"longattn.{name}") is not None:
+            return importlib.import_module(f"longattn.{name}")
+        raise AttributeError(f"module 'longattn' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """Return the names that are loaded, and the public ones that are not yet."""
+        return sorted({*globals(), *__all__})
 
 
-def __getattr__(name: str) -> Any:
-    """Subpackages load on first use."""
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f"longattn.{name}")
-    raise AttributeError(f"module 'longattn' has no attribute {name!r}")
+_with_torch.register_operators()

@@ -35,7 +35,7 @@ LAYERS = (
     ("mask", "rope"),
     ("scaling",),
     ("files",),
-    ("errors", "_build_info", "_version", "_C"),
+    ("errors", "_build_info", "_interrupt", "_version", "_with_torch", "_C"),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 FACADES = ("longattn", "longattn.__main__")

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from longattn.bench import DTYPES, SETS, Case, Report, Result, make_cases, plot, run
+from longattn.cli.output import echo, make_console
 
 __all__ = ["bench", "duration", "run_with_progress", "show", "size"]
 
@@ -83,19 +84,19 @@ def bench(
     if importlib.util.find_spec("matplotlib") is not None:
         written += plot(report, out)
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=1))
+        echo(json.dumps(report.to_dict(), indent=1))
         return
-    console = Console(highlight=False)
+    console = make_console()
     show(report, console)
     console.print(f"written: {', '.join(map(str, written))}")
     if len(written) == 1:
-        console.print("no plots: matplotlib is not installed (pip install longattn\\[plot])")
+        console.print("no plots: matplotlib is not installed (pip install longattn[plot])")
 
 
 def run_with_progress(cases: list[Case], **options: Any) -> Report:
     """`longattn.bench.run` under a progress bar on the error stream."""
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=make_console(error=True), transient=True) as progress:
         task = progress.add_task("", total=len(cases))
 
         def watch(done: int, what: str) -> None:

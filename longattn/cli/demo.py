@@ -18,6 +18,7 @@ from torch import Tensor
 from longattn._version import __version__
 from longattn.cli import demo_report as report
 from longattn.cli.demo_report import AttentionRow, Reading
+from longattn.cli.output import make_console
 from longattn.evaluation import ATTENTION_CALLS, CouldNotRun, attention_cost, loss_by_position, loss_in_short_windows
 from longattn.models import Decoder, TransformerConfig, matmul_dtype
 from longattn.scaling import YaRN
@@ -75,7 +76,7 @@ def demo(out: Path, quick: bool) -> None:
 
     Takes about four minutes on two cores. Every figure is measured in this run.
     """
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     run(QUICK if quick else Plan(), out, console)
 
 

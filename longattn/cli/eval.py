@@ -22,6 +22,7 @@ from longattn._version import __version__
 from longattn.cli import eval_report as report
 from longattn.cli.language_model import LanguageModel, load_language_model, trained_length
 from longattn.cli.methods import chosen_methods, method_options
+from longattn.cli.output import make_console
 from longattn.errors import InvalidInput
 from longattn.evaluation import TASKS, Cell, Evaluation, Plan, Results, make_reader
 from longattn.integrations import extend
@@ -78,7 +79,7 @@ def evaluate(
 
     Every reading is kept as soon as it is done: what was interrupted goes on with --resume.
     """
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     plan = Plan(
         tasks=TASKS if tasks == "all" else tuple(task.strip() for task in tasks.split(",")),
         lengths=token_counts("--lengths", lengths),
@@ -183,7 +184,7 @@ def _run(evaluation: Evaluation, results: Results, place: Path, console: Console
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True, highlight=False)) as progress:
+    with Progress(*columns, console=make_console(error=True)) as progress:
         bar = progress.add_task("reading", total=len(evaluation.cells()))
 
         def show(cell: Cell, number: int, count: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longattn.arguments import DTYPES
+from longattn.cli.output import echo
 from longattn.errors import InvalidInput
 from longattn.functional import explain as explain_call
 from longattn.rope import Rope
@@ -135,12 +136,12 @@ def explain(
     if rope is not None:
         keywords["rope"] = Rope(rope)
     if packed is None:
-        click.echo(explain_call(q, k, v, **keywords))
+        echo(explain_call(q, k, v, **keywords))
         return
     cu_seqlens = torch.tensor([0, *accumulate(packed)], device=where)
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     longest = max(packed)
-    click.echo(explain_call(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **keywords))
+    echo(explain_call(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **keywords))
 
 
 def _device(name: str) -> torch.device:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from longattn.cli.language_model import load_language_model
+from longattn.cli.output import echo, make_console
 from longattn.errors import InvalidInput
 from longattn.models import Decoder, GenerationConfig, Sampling, beam_search, stream
 from longattn.models.generation.text import Decode
@@ -115,7 +116,7 @@ def generate(
     )
     ids = [tokenizer.encode(text) for text in texts]
     shows = len(ids) == 1 and beams == 1 and sys.stdout.isatty()
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = make_console(error=True)
     with _Line(console, sum(map(len, ids)), hidden=shows) as line:
         if beams != 1:
             found = beam_search(model, ids, config, beams=beams, length_penalty=length_penalty, decode=tokenizer.decode)
@@ -129,11 +130,11 @@ def generate(
                     results[piece.sequence] += piece.text
                     line.add(1, drafted=int(piece.drafted))
                     if shows:
-                        click.echo(piece.text, nl=False)
+                        echo(piece.text, newline=False)
             except KeyboardInterrupt:
                 line.interrupted = True
     if shows:
-        click.echo()
+        echo()
     else:
         _print(results)
     console.print(line.summary(), soft_wrap=True)
@@ -152,8 +153,8 @@ def _load(checkpoint: Path, dtype: str, device: str) -> tuple[Decoder, _Tokenize
 def _print(texts: Iterable[str]) -> None:
     for number, text in enumerate(texts):
         if number:
-            click.echo("---")
-        click.echo(text)
+            echo("---")
+        echo(text)
 
 
 class _Line:

@@ -6,13 +6,13 @@ import platform
 
 import click
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from longattn._build_info import build_info
 from longattn._version import __version__
 from longattn.backends import cpu, registry
 from longattn.backends.base import Backend
+from longattn.cli.output import make_console
 from longattn.mask import Mask
 from longattn.problem import FEATURES, Problem
 
@@ -22,7 +22,7 @@ __all__ = ["info"]
 @click.command()
 def info() -> None:
     """Show versions, the CPU kernels, and each backend with its reasons."""
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     facts = Table.grid(padding=(0, 2))
     for name, value in (
         ("longattn", __version__),

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from longattn.cli.output import echo, make_console
 from longattn.errors import InvalidInput
 from longattn.evaluation.plan import MACHINES, MODELS, Estimate, can_run
 from longattn.evaluation.plan import plan as estimate
@@ -58,12 +58,12 @@ def plan(model: str, tokens: str, gpus: str, machine: str, schedule: str, offloa
             f"{each.sent / 1e9:,.1f} GB",
             "yes" if each.fits else "no",
         )
-    console = Console(highlight=False)
+    console = make_console()
     console.width = max(console.width, _WIDTH)
     console.print(table)
     if plot is not None:
         _draw(found, f"{model} on {machine}", plot)
-        click.echo(f"{plot}")
+        echo(str(plot))
 
 
 def _estimates(
