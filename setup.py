@@ -34,6 +34,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from pathlib import Path
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
@@ -93,18 +95,35 @@ def switch(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
-def run(command: list[str]) -> str:
-    """The command's output, shown if it warns; NativeBuildError, the output shown, if the command fails."""
+def run(command: list[str], shown: bool = True) -> str:
+    """Return the command's output, shown if it warns; NativeBuildError, the output shown, if the command fails."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C"},  # errors are looked for by their English names
+        )
     except OSError as error:
         raise NativeBuildError(f"{command[0]}: {error.strerror}") from error
-    if done.returncode or "warning:" in done.stdout:
+    if shown and (done.returncode or "warning:" in done.stdout):
         sys.stderr.write(done.stdout)
     if done.returncode:
-        lines = done.stdout.splitlines() or [f"exit status {done.returncode}"]
-        raise NativeBuildError(next((line for line in lines if re.search(r"\berror\b", line)), lines[-1]))
+        raise NativeBuildError(first_error(Path(command[0]).name, done))
     return done.stdout
+
+
+def first_error(name: str, done: subprocess.CompletedProcess[str]) -> str:
+    """The first error in what a compiler, a linker or ninja printed, in one line; else how it ended."""
+    lines = [" ".join(line.split())[:500] for line in done.stdout.splitlines() if line.strip()]
+    for line in lines:
+        if re.search(r"\b(error|fatal|undefined reference|cannot find)\b[ :]", line, re.IGNORECASE):
+            return line
+    status = done.returncode
+    ended = f"{name} was ended by signal {-status}" if status < 0 else f"{name} ended with exit status {status}"
+    return f"{ended}: {lines[0]}" if lines else ended
 
 
 @dataclass(frozen=True)
@@ -118,13 +137,7 @@ class Toolchain:
 
     @classmethod
     def find(cls) -> Toolchain:
-        named = os.environ.get("CXX")
-        candidates = [named] if named else [sysconfig.get_config_var("CXX") or "c++", "c++", "g++", "clang++"]
-        cxx = next((words for words in map(shlex.split, candidates) if words and shutil.which(words[0])), None)
-        if cxx is None:
-            raise NativeBuildError(f"no C++ compiler found (looked for {', '.join(dict.fromkeys(candidates))})")
-        version = run([*cxx, "--version"]).splitlines()[0]
-
+        cxx, version = cls.working()
         sanitizers = os.environ.get("LONGATTN_SANITIZE", "")
         if sanitizers:
             mode = sanitizers
@@ -136,6 +149,34 @@ class Toolchain:
         if switch("LONGATTN_WERROR"):
             kind.append("-Werror")
         return cls(cxx, version, mode, [*COMMON, *kind, *shlex.split(os.environ.get("CXXFLAGS", ""))])
+
+    @classmethod
+    def working(cls) -> tuple[list[str], str]:
+        """The first compiler that compiles, and its version line; NativeBuildError says what was wrong with each."""
+        named = os.environ.get("CXX")
+        candidates = [named] if named else [sysconfig.get_config_var("CXX") or "c++", "c++", "g++", "clang++"]
+        wrong = []
+        for candidate in dict.fromkeys(candidates):
+            try:
+                cxx = shlex.split(candidate)
+                if not cxx or shutil.which(cxx[0]) is None:
+                    raise NativeBuildError(f"{candidate}: not found")
+                version = run([*cxx, "--version"], shown=False).strip().partition("\n")[0]
+                cls.try_out(cxx)
+                return cxx, version or candidate
+            except (NativeBuildError, ValueError) as error:  # ValueError: quotes in CXX that do not close
+                wrong.append(str(error))
+        raise NativeBuildError(f"no C++ compiler works: {'; '.join(wrong)}")
+
+    @staticmethod
+    def try_out(cxx: list[str]) -> None:
+        """Compile a small program of C++17 with a header of its library."""
+        with tempfile.TemporaryDirectory() as folder:
+            source, made = Path(folder, "try.cpp"), Path(folder, "try.o")
+            source.write_text("#include <optional>\nint main() { return std::optional<int>(0).value(); }\n")
+            run([*cxx, "-std=c++17", "-c", str(source), "-o", str(made)], shown=False)
+            if not made.is_file():
+                raise NativeBuildError(f"{Path(cxx[0]).name}: it compiles without an error, and writes no object")
 
     def machine(self) -> str:
         """The machine that it compiles for, by Linux's names."""
@@ -166,7 +207,7 @@ class Step:
 
 def carry_out(steps: list[Step], directory: Path) -> None:
     """Runs the compile steps, then the link step."""
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    jobs = max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
     for step in steps:
         step.output.parent.mkdir(parents=True, exist_ok=True)
     ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
@@ -257,6 +298,16 @@ def cuda_steps(nvcc: str, library: Path) -> list[Step]:
     return [*steps, Step("link", objects, library, [nvcc, *NVCC_LINK, *map(str, objects), "-o", str(library)])]
 
 
+class BuildPython(build_py):
+    """Copies the package to where nothing of an earlier build is left: a module that is gone is not installed."""
+
+    def run(self) -> None:
+        copied = Path(self.build_lib) / "longattn"
+        if not self.editable_mode and copied.resolve() != Path("longattn").resolve():
+            shutil.rmtree(copied, ignore_errors=True)
+        super().run()
+
+
 class BuildNative(build_ext):
     """Builds the extension and the record of how that went."""
 
@@ -281,8 +332,10 @@ class BuildNative(build_ext):
         (library.parent / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def build_native(self, library: Path, record: dict[str, object]) -> None:
-        import pybind11
-
+        try:
+            import pybind11
+        except ImportError as error:
+            raise NativeBuildError(f"pybind11 cannot be imported: {error}") from error
         tools = Toolchain.find()
         record.update(compiler=tools.version, mode=tools.mode)
         targets, dropped = targets_of(tools)
@@ -344,5 +397,5 @@ class BuildCheck(Command):
 
 setup(
     ext_modules=[Extension("longattn._C", sources=[])],
-    cmdclass={"build_ext": BuildNative, "build_check": BuildCheck},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildNative, "build_check": BuildCheck},
 )
