@@ -11,15 +11,28 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from longattn.errors import InvalidInput
+from longattn.forked import on_one_thread
 from longattn.mask import Mask
-from longattn.problem import CacheTensors, Problem, Tensors, cache_features, present_features
+from longattn.problem import (
+    OUT_OF_RANGE,
+    CacheTensors,
+    Problem,
+    Tensors,
+    cache_features,
+    check_memory,
+    present_features,
+)
 from longattn.rope import Rope
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int32, torch.int64)
 _INT32_MAX = 2**31 - 1
+_FARTHEST = 2.0**53  # position that a scaling can compute with
+_PLAIN = (Tensor, torch.nn.Parameter)
+_SINGLE, _DOUBLE = torch.finfo(torch.float32), torch.finfo(torch.float64)
 
 Window = int | tuple[int, int] | None
 Positions = Tensor | tuple[Tensor, Tensor] | None
@@ -56,7 +69,7 @@ def dense(
         raise InvalidInput("k", f"{batch} sequences as in q", f"shape {tuple(k.shape)}")
     offset = None
     if isinstance(align, Tensor):
-        offset = _int_tensor("align", align, ((batch,),), q.device)
+        offset = _place_tensor("align", align, batch, q.device)
         align = 0
     mask = _mask(causal, window, sinks, align)
     dropout_p = _dropout(dropout_p)
@@ -70,7 +83,7 @@ def dense(
         k,
         v,
         key_mask=_key_mask(key_mask, batch, nk, q.device),
-        key_lens=None if key_lens is None else _int_tensor("key_lens", key_lens, ((batch,),), q.device),
+        key_lens=None if key_lens is None else _place_tensor("key_lens", key_lens, batch, q.device),
         lo=lo,
         hi=hi,
         offset=offset,
@@ -137,7 +150,7 @@ def packed(
             raise InvalidInput(name, "an int from 0 to 2^31 - 1", _describe(value))
     offset = None
     if isinstance(align, Tensor):
-        offset = _int_tensor("align", align, ((batch,),), q.device)
+        offset = _place_tensor("align", align, batch, q.device)
         align = 0
     mask = _mask(causal, window, sinks, align)
     dropout_p = _dropout(dropout_p)
@@ -147,7 +160,7 @@ def packed(
         q,
         k,
         v,
-        key_lens=None if key_lens is None else _int_tensor("key_lens", key_lens, ((batch,),), q.device),
+        key_lens=None if key_lens is None else _place_tensor("key_lens", key_lens, batch, q.device),
         offset=offset,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
@@ -261,8 +274,7 @@ def cached(
         tree=branches,
         depths=depths,
     )
-    softcap = _number("softcap", 0.0 if softcap is None else softcap, "None or a finite number >= 0", low=0.0)
-    scale = 1.0 / math.sqrt(shape.head_dim) if scale is None else _number("scale", scale, "None or a finite number")
+    scale, softcap = _scale(scale, shape.head_dim, x.dtype), _softcap(softcap, x.dtype)
     return tensors, Problem(
         batch=batch,
         q_heads=q_heads,
@@ -297,6 +309,11 @@ def new_lengths(lengths: Tensor | Sequence[int] | None, batch: int, x: Tensor) -
     return counts
 
 
+_convert = on_one_thread(Tensor.to)
+_contiguous = on_one_thread(Tensor.contiguous)
+_first_positions = on_one_thread(torch.arange)
+
+
 def accumulate_dtype(x: Tensor) -> torch.dtype:
     """The dtype of sums over x."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -316,7 +333,7 @@ def rotation(x: Tensor, rope: Rope, positions: Tensor | None) -> tuple[Tensor, T
     given = None if positions is None else _position_tensor("positions", positions, x.device, batch, n)
     inv_freq, factor = frequencies(rope, x, context_length(rope, n, given))
     assert inv_freq is not None
-    places = torch.arange(n, dtype=torch.float32, device=x.device) if given is None else given
+    places = _first_positions(n, dtype=torch.float32, device=x.device) if given is None else given
     return x, inv_freq, places, factor
 
 
@@ -354,7 +371,7 @@ def int_list(name: str, x: object) -> list[int]:
     """A sequence of ints, or an int tensor of one dimension, as a list."""
     if isinstance(x, Tensor):
         if x.dim() == 1 and x.dtype in _INTEGERS and _is_strided(x) and not x.is_meta:
-            return x.tolist()
+            return _held(name, x).tolist()
     elif isinstance(x, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in x):
         return list(x)
     raise InvalidInput(name, "a sequence of ints, or an int tensor of one dimension", _describe(x))
@@ -363,7 +380,7 @@ def int_list(name: str, x: object) -> list[int]:
 def log_sums(lse: Tensor | None, problem: Problem, device: torch.device) -> Tensor | None:
     """Check the lse of a call, [B, Hq, Nq]; it comes back in the dtype of sums."""
     lse = _floats("lse", lse, ((problem.batch, problem.q_heads, problem.nq),), device)
-    return None if lse is None else lse.to(problem.accumulate_dtype)
+    return None if lse is None else _convert(lse, problem.accumulate_dtype)
 
 
 def count(name: str, value: int) -> None:
@@ -410,8 +427,7 @@ def _problem(
 ) -> Problem:
     q, k, v = tensors.q, tensors.k, tensors.v
     (_, q_heads, nq, width), (_, kv_heads, nk, _) = q.shape, k.shape
-    softcap = _number("softcap", 0.0 if softcap is None else softcap, "None or a finite number >= 0", low=0.0)
-    scale = 1.0 / math.sqrt(width) if scale is None else _number("scale", scale, "None or a finite number")
+    scale, softcap = _scale(scale, width, q.dtype), _softcap(softcap, q.dtype)
     flag("deterministic", deterministic)
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad
@@ -506,7 +522,10 @@ def draft_tree(tree: object, batch: int, nq: int, device: torch.device) -> tuple
         tree = _int_tensor("tree", tree, ((nq,), (batch, nq)), tree.device).tolist()
     if not isinstance(tree, Sequence) or not tree:
         raise InvalidInput("tree", f"ints [{nq}] or [{batch}, {nq}]", _describe(tree))
-    parents = [tuple(row) for row in tree] if isinstance(tree[0], (list, tuple)) else [tuple(tree)]
+    by_sequence = isinstance(tree[0], (list, tuple))
+    if by_sequence and (len(tree) != batch or not all(isinstance(row, (list, tuple)) for row in tree)):
+        raise InvalidInput("tree", f"ints [{nq}] or [{batch}, {nq}]", f"{len(tree)} rows for {batch} sequences")
+    parents = [tuple(row) for row in tree] if by_sequence else [tuple(tree)]
     for row in parents:
         if len(row) != nq or not all(type(n) is int and -1 <= n < i for i, n in enumerate(row)):
             raise InvalidInput("tree", f"{nq} parents, -1 or less than the token's own number", f"{list(row)}"[:80])
@@ -559,12 +578,12 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+        return tuple(x if x.dtype in (torch.float64, dtype) else _convert(x, dtype) for x in tensors)
     return tensors
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride()[-1] == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if x.stride()[-1] == 1 or x.shape[-1] == 1 else _contiguous(x)
 
 
 def _floating(name: str, x: Tensor) -> None:
@@ -572,6 +591,14 @@ def _floating(name: str, x: Tensor) -> None:
         raise InvalidInput(name, "dtype float32, float64, bfloat16 or float16", str(x.dtype))
     if not _is_strided(x):
         raise InvalidInput(name, "a strided (dense) tensor", _describe(x))
+    _held(name, x)
+
+
+def _held(name: str, x: Tensor) -> Tensor:
+    """x, which has memory; a wrapper of another tensor (torch.func, torch.compile, DTensor) is checked where it ends."""
+    if type(x) in _PLAIN and not torch.compiler.is_compiling() and not is_functorch_wrapped_tensor(x):
+        check_memory(name, x)
+    return x
 
 
 def _is_strided(x: Tensor) -> bool:
@@ -634,9 +661,25 @@ def _cu_seqlens(name: str, x: object, device: torch.device) -> Tensor:
     return _to_int32(_tensor(name, x, "int32", _INTEGERS, (tuple(x.shape),), device))
 
 
+def _place_tensor(name: str, x: object, batch: int, device: torch.device) -> Tensor:
+    """Numbers that queries are placed by, int32 [B]; those beyond 32 bits become OUT_OF_RANGE, for kernels to refuse."""
+    found = _tensor(name, x, "int32", _INTEGERS, ((batch,),), device)
+    return _marked(found) if found.dtype == torch.int64 else found
+
+
+@on_one_thread
+def _marked(x: Tensor) -> Tensor:
+    return torch.where((x < -_INT32_MAX) | (x > _INT32_MAX), OUT_OF_RANGE, x).to(torch.int32)
+
+
 def _to_int32(x: Tensor) -> Tensor:
     """Numbers beyond 32 bits become the largest ones, which mean the same: beyond all tokens."""
-    return x.clamp(-_INT32_MAX, _INT32_MAX).to(torch.int32) if x.dtype == torch.int64 else x
+    return _clamped(x) if x.dtype == torch.int64 else x
+
+
+@on_one_thread
+def _clamped(x: Tensor) -> Tensor:
+    return x.clamp(-_INT32_MAX, _INT32_MAX).to(torch.int32)
 
 
 def frequencies(rope: Rope | None, q: Tensor, length: int) -> tuple[Tensor | None, float]:
@@ -658,7 +701,15 @@ def context_length(rope: Rope | None, tokens: int, *positions: Tensor | None) ->
     given = [x for x in positions if x is not None and x.numel()]
     if not given or not isinstance(rope, Rope) or not rope.depends_on_length or given[0].is_meta:
         return tokens
-    return max(1, math.floor(torch.stack([x.amax() for x in given]).amax().item()) + 1)
+    largest = _largest(given)
+    if not largest < _FARTHEST:  # NaN, too
+        raise InvalidInput("positions", f"numbers below 2^53 with a {type(rope.scaling).__name__}", largest)
+    return max(1, math.floor(largest) + 1)
+
+
+@on_one_thread
+def _largest(tensors: Sequence[Tensor]) -> float:
+    return torch.stack([x.amax() for x in tensors]).amax().item()
 
 
 def rotated_positions(
@@ -682,7 +733,8 @@ def rotated_positions(
 
 def _position_tensor(name: str, x: object, device: torch.device, batch: tuple[int, ...], n: int) -> Tensor:
     shapes = ((n,), (*batch, n)) if batch else ((n,),)
-    return _tensor(name, x, "int or float32", (*_INTEGERS, torch.float32), shapes, device).to(torch.float32)
+    found = _tensor(name, x, "int or float32", (*_INTEGERS, torch.float32), shapes, device)
+    return found if found.dtype == torch.float32 else _convert(found, torch.float32)
 
 
 def _check_reach(mask: Mask, nq: int, nk: int) -> None:
@@ -705,7 +757,7 @@ def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> 
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or not _is_strided(seed) or seed.numel() != 1 or seed.is_meta:
             raise InvalidInput("seed", expected, _describe(seed))
-        return seed.reshape(1).to(device) if dropout_p else None
+        return _held("seed", seed).reshape(1).to(device) if dropout_p else None
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
         raise InvalidInput("seed", expected, _describe(seed))
     if not dropout_p:
@@ -713,6 +765,25 @@ def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> 
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64).to(device)
     return torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def _scale(scale: float | None, width: int, dtype: torch.dtype) -> float:
+    """Half of the largest number of the sums' dtype is the limit, as exponents are scale / ln 2 times a product."""
+    if scale is None:
+        return 1.0 / math.sqrt(width)
+    most = _DOUBLE.max / 2 if dtype == torch.float64 else _SINGLE.max / 2
+    return _number("scale", scale, f"None or a number of at most {most:.3g} in magnitude", low=-most, below=most)
+
+
+def _softcap(softcap: float | None, dtype: torch.dtype) -> float:
+    if softcap is None:
+        return 0.0
+    limits = _DOUBLE if dtype == torch.float64 else _SINGLE
+    expected = f"None, 0, or a number of {limits.tiny:.3g} to {limits.max:.3g}"
+    cap = _number("softcap", softcap, expected, low=0.0)
+    if cap and not limits.tiny <= cap <= limits.max:
+        raise InvalidInput("softcap", expected, repr(softcap))
+    return cap
 
 
 def _number(name: str, value: float, expected: str, low: float = -math.inf, below: float = math.inf) -> float:
@@ -742,7 +813,7 @@ def _tensor(
 def _on_device(name: str, x: Tensor, device: torch.device) -> Tensor:
     if x.device != device:
         raise InvalidInput(name, f"device {device} as q", str(x.device))
-    return x
+    return _held(name, x)
 
 
 def _describe(x: object) -> str:

@@ -17,7 +17,7 @@ from longattn import arguments
 from longattn.arguments import Positions, Window
 from longattn.backends import eager
 from longattn.backends.base import Gradients
-from longattn.problem import Problem, Tensors
+from longattn.problem import Problem, Tensors, check_places
 from longattn.redirection import refuse_elsewhere
 from longattn.rope import Rope
 
@@ -161,6 +161,7 @@ def attention_stats(
 
 def _parts(problem: Problem, tensors: Tensors) -> Iterator[eager.Part]:
     """The whole batch, or nothing where there is nothing; without values, which weights do not depend on."""
+    check_places(tensors)
     return eager.parts(problem, tensors._replace(v=tensors.k[..., :0]), problem.accumulate_dtype)
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from longattn import batching
+from longattn import batching, operands
 from longattn.backends import eager, registry
 from longattn.backends.base import Gradients
-from longattn.errors import Unsupported
+from longattn.errors import InvalidInput, Unsupported
+from longattn.forked import on_one_thread
 from longattn.mask import Mask
 from longattn.problem import (
     CacheTensors,
@@ -26,6 +27,7 @@ from longattn.problem import (
     Slots,
     Tensors,
     cache_features,
+    check_places,
     check_sequences,
     checks_enabled,
     present_features,
@@ -155,7 +157,7 @@ def _scalars(problem: Problem, backend: str) -> tuple[Any, ...]:
 def cache_append(tensors: CacheTensors, slots: Slots, problem: Problem, backend: str) -> None:
     """Write the new keys and values into the cache, on the named backend."""
     if _is_kernel(*tensors, *slots):
-        return registry.get(backend).append(problem, tensors, slots)
+        return _append(tensors, slots, problem, backend)
     torch.ops.longattn.cache_append.default(*tensors, *slots, backend, *_cache_scalars(problem))
 
 
@@ -170,7 +172,7 @@ def attention_with_cache(tensors: CacheTensors, slots: Slots, problem: Problem, 
 def rope(x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, interleaved: bool, backend: str) -> Tensor:
     """x [B, H, N, D] rotated by positions (float32 [N] or [B, N]); differentiable in x."""
     if _is_kernel(x, inv_freq, positions):
-        return _rope_impl(x, inv_freq, positions, factor, interleaved, False, backend)
+        return _rotate(x, inv_freq, positions, factor, interleaved, False, backend)
     return torch.ops.longattn.rope.default(x, inv_freq, positions, factor, interleaved, False, backend)
 
 
@@ -196,6 +198,8 @@ def _unflatten_cache(args: tuple[Any, ...]) -> tuple[CacheTensors, Slots, Proble
     """The inverse of the flattening of a call on a cache."""
     tensors = CacheTensors(*args[:_NUM_CACHE_TENSORS])
     slots = Slots(*args[_NUM_CACHE_TENSORS : _NUM_CACHE_TENSORS + _NUM_SLOTS])
+    operands.check_dims((("slots_k", slots.k), ("slots_v", slots.v)), 4)
+    operands.check_dims((("table", slots.table),), 2)
     (
         backend,
         dtype,
@@ -254,6 +258,11 @@ def _unflatten(args: tuple[Any, ...]) -> tuple[Tensors, Problem, str]:
         max_seqlen_k,
     ) = args[_NUM_TENSORS:]
     q, k, v = tensors.q, tensors.k, tensors.v
+    operands.check_dims((("q", q), ("k", k), ("v", v)), 4)
+    if tensors.cu_seqlens_q is not None:
+        operands.check_dims((("cu_seqlens_q", tensors.cu_seqlens_q),), 1)
+    if len(origin) != len(Origin._fields):
+        raise InvalidInput("origin", f"{len(Origin._fields)} ints", list(origin))
     problem = Problem(
         batch=q.shape[0] if tensors.cu_seqlens_q is None else tensors.cu_seqlens_q.shape[0] - 1,
         q_heads=q.shape[1],
@@ -309,12 +318,17 @@ def _fixed_arity(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, 
 
 
 def _attention_impl(*args: Any) -> tuple[Tensor, Tensor]:
-    return _forward(*_unflatten(args))
+    call = _unflatten(args)
+    operands.check_attention(*call)
+    return _forward(*call)
 
 
+@on_one_thread
 def _forward(tensors: Tensors, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    if problem.varlen and (problem.device == "cpu" or checks_enabled()):
-        check_sequences(tensors, problem)
+    if problem.device == "cpu" or checks_enabled():
+        check_places(tensors)
+        if problem.varlen:
+            check_sequences(tensors, problem)
     out, lse = _empty_results(tensors.q, tensors.v)
     registry.get(backend).forward(problem, tensors, out, lse)
     return out, lse
@@ -327,6 +341,14 @@ def _attention_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _cache_append_impl(*args: Any) -> None:
     tensors, slots, problem, backend = _unflatten_cache(args)
+    operands.check_cache(tensors, slots, problem, backend)
+    if tensors.k is None:
+        raise InvalidInput("k", "new keys", "None")
+    _append(tensors, slots, problem, backend)
+
+
+@on_one_thread
+def _append(tensors: CacheTensors, slots: Slots, problem: Problem, backend: str) -> None:
     registry.get(backend).append(problem, tensors, slots)
 
 
@@ -335,9 +357,14 @@ def _cache_append_fake(*_: Any) -> None:
 
 
 def _attention_with_cache_impl(*args: Any) -> tuple[Tensor, Tensor]:
-    return _decode(*_unflatten_cache(args))
+    call = _unflatten_cache(args)
+    operands.check_cache(*call)
+    if call[0].q is None:
+        raise InvalidInput("q", "queries", "None")
+    return _decode(*call)
 
 
+@on_one_thread
 def _decode(tensors: CacheTensors, slots: Slots, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     assert tensors.q is not None
     out, lse = _empty_results(tensors.q, slots.v)
@@ -351,9 +378,13 @@ def _attention_with_cache_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return _empty_results(tensors.q, args[_NUM_CACHE_TENSORS + 1])
 
 
+@on_one_thread
 def _backward_impl(*args: Any) -> tuple[Tensor, ...]:
     *call, out, lse, dout, dlse, wanted = args
     tensors, problem, backend = _unflatten(tuple(call))
+    _check_wanted(wanted, len(_DIFFERENTIABLE))
+    results = (("out", out), ("lse", lse), ("dout", dout), ("dlse", dlse))
+    operands.check_backward(tensors, problem._replace(needs_grad=True), backend, results, wanted)
     if dout.stride(-1) != 1 and dout.shape[-1] != 1:
         dout = dout.contiguous()
     grads = _empty_gradients(tensors, wanted)
@@ -366,9 +397,13 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     return _fixed_arity(_empty_gradients(tensors, args[-1]), tensors.q)
 
 
+@on_one_thread
 def _double_backward_impl(*args: Any) -> tuple[Tensor, ...]:
     call, (dout, dlse, *tangents, wanted) = args[: -len(_DIFFERENTIABLE) - 3], args[-len(_DIFFERENTIABLE) - 3 :]
-    tensors, problem, _ = _unflatten(call)
+    tensors, problem, backend = _unflatten(call)
+    _check_wanted(wanted, len(_DIFFERENTIABLE) + 2)
+    operands.check_backward(tensors, problem, backend, (("dout", dout), ("dlse", dlse)), wanted)
+    operands.check_tangents(tensors, Gradients(*tangents))
     grads = _empty_gradients(tensors, wanted[:-2])
     ddout, ddlse = _empty_results(tensors.q, tensors.v)
     dtype = problem.accumulate_dtype
@@ -383,10 +418,18 @@ def _double_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     return _fixed_arity((*grads, *_empty_results(tensors.q, tensors.v)), tensors.q)
 
 
+def _check_wanted(wanted: Sequence[bool], count: int) -> None:
+    if len(wanted) != count:
+        raise InvalidInput("wanted", f"{count} flags, one for each gradient", list(wanted))
+
+
 def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
     """The operator one level down: the kernel, or an outer derivative of torch.func, which reads the grad mode."""
     with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
         return op(*args)
+
+
+_zeros_like = on_one_thread(torch.zeros_like)
 
 
 class _Attention(torch.autograd.Function):
@@ -406,7 +449,7 @@ class _Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return tuple(result)
         if dout is None:
-            dout = torch.zeros_like(out)
+            dout = _zeros_like(out)
         grads = torch.ops.longattn.attention_backward.default(*tensors, *ctx.scalars, out, lse, dout, dlse, wanted)
         for at, flag, grad in zip(_DIFFERENTIABLE_AT, wanted, grads, strict=True):
             if flag:
@@ -460,12 +503,14 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         out = _below_autograd(torch.ops.longattn.rope.default, args)
-        _, *ctx.constants = args
+        _, inv_freq, positions, *ctx.scalars = args
+        ctx.save_for_backward(inv_freq, positions)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        inv_freq, positions, factor, interleaved, inverse, backend = ctx.constants
+        inv_freq, positions = ctx.saved_tensors
+        factor, interleaved, inverse, backend = ctx.scalars
         dx = torch.ops.longattn.rope.default(dout, inv_freq, positions, factor, interleaved, not inverse, backend)
         return dx, None, None, None, None, None, None
 
@@ -542,6 +587,14 @@ def _rope_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor,
 
 
 def _rope_impl(
+    x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, interleaved: bool, inverse: bool, backend: str
+) -> Tensor:
+    operands.check_rope(x, inv_freq, positions, factor, backend)
+    return _rotate(x, inv_freq, positions, factor, interleaved, inverse, backend)
+
+
+@on_one_thread
+def _rotate(
     x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, interleaved: bool, inverse: bool, backend: str
 ) -> Tensor:
     if x.stride(-1) != 1 and x.shape[-1] != 1:

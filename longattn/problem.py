@@ -13,6 +13,9 @@ from longattn.errors import InvalidInput
 from longattn.mask import Mask
 
 
+OUT_OF_RANGE = -(2**31)  # of an offset or a length that 32 bits do not hold; no other may be so low
+
+
 class Tensors(NamedTuple):
     """What a kernel reads. B sequences, Hq query heads, Hkv key/value heads, Nq queries, Nk keys.
 
@@ -200,9 +203,30 @@ def cache_features(tensors: CacheTensors, softcap: float, ring: bool, storage: t
     return tuple([name for name in FEATURES if used.get(name)])
 
 
+def check_memory(name: str, x: Tensor) -> None:
+    """Refuse a tensor whose storage was freed, as FSDP frees what it gathered: its address is that of nothing.
+
+    Raises:
+        InvalidInput: the storage is empty, the tensor is not.
+    """
+    if not x.untyped_storage().nbytes() and x.numel():
+        raise InvalidInput(name, "a tensor with storage", f"shape {tuple(x.shape)}, whose storage was freed")
+
+
 def checks_enabled() -> bool:
     """Whether LONGATTN_CHECK asks for checks that cost time: those of what lies on a GPU."""
     return os.environ.get("LONGATTN_CHECK", "0") not in ("", "0")
+
+
+def check_places(tensors: Tensors) -> None:
+    """Read the offsets and lengths that place queries.
+
+    Raises:
+        InvalidInput: one of them did not fit into 32 bits.
+    """
+    for name, x in (("align", tensors.offset), ("key_lens", tensors.key_lens)):
+        if x is not None and bool((x == OUT_OF_RANGE).any()):
+            raise InvalidInput(name, "ints from -(2^31 - 1) to 2^31 - 1", "one outside")
 
 
 def check_sequences(tensors: Tensors, problem: Problem) -> None:

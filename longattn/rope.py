@@ -33,6 +33,8 @@ from longattn.scaling import (
 
 __all__ = ["Rope"]
 
+_WIDEST = 2**20  # far wider than any head
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -55,8 +57,9 @@ class Rope:
     _prepared: dict[tuple[int, str], Frequencies] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dim, Integral) or isinstance(self.dim, bool) or self.dim < 2 or self.dim % 2:
-            raise InvalidInput("dim", "an even int, at least 2", self.dim)
+        whole = isinstance(self.dim, Integral) and not isinstance(self.dim, bool)
+        if not whole or not 2 <= self.dim <= _WIDEST or self.dim % 2:
+            raise InvalidInput("dim", f"an even int from 2 to {_WIDEST}", self.dim)
         if self.scaling is not None and not isinstance(self.scaling, Scaling):
             raise InvalidInput("scaling", "None or a scaling of longattn.scaling", self.scaling)
         if not isinstance(self.interleaved, bool):
@@ -184,19 +187,29 @@ class Rope:
         lengths = (1, sys.maxsize)
         regimes = [1] if self.scaling is None else [self.scaling.regime(length) for length in lengths]
         with torch.inference_mode(False):  # what is kept must serve a later backward, too
-            return {(regime, "cpu"): self._compute(regime) for regime in regimes if regime is not None}
+            found = {(regime, "cpu"): self._compute(regime) for regime in regimes if regime is not None}
+        for inv_freq, factor in found.values():
+            if not (bool(inv_freq.isfinite().all()) and 0 <= factor <= torch.finfo(torch.float32).max):
+                raise InvalidInput("scaling", "frequencies and a factor that float32 holds", self.scaling)
+        return found
 
     def _compute(self, length: int) -> Frequencies:
         if self.scaling is None:
             return inverse_frequencies(self.dim, self.base), 1.0
-        return self.scaling.frequencies(self.dim, self.base, length)
+        try:
+            return self.scaling.frequencies(self.dim, self.base, length)
+        except OverflowError:
+            raise InvalidInput("scaling", f"numbers whose powers are finite at length {length}", self.scaling) from None
 
     def _length(self, positions: Tensor, length: int | None) -> int:
         if length is not None:
             return length
         if not self.depends_on_length or positions.numel() == 0:
             return 1
-        return int(positions.max()) + 1
+        largest = positions.max().item()
+        if not largest < 2**53:  # NaN, too
+            raise InvalidInput("positions", f"numbers below 2^53 with a {type(self.scaling).__name__}", largest)
+        return int(largest) + 1
 
     def _check_rotation(self, x: Tensor, positions: Tensor) -> None:
         if not x.is_floating_point():

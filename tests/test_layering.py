@@ -26,6 +26,7 @@ LAYERS = (
     ("functional", "inspect"),
     ("arguments", "explanation", "redirection"),
     ("ops",),
+    ("operands",),
     ("backends.registry", "batching"),
     ("backends.cpu", "backends.cuda", "backends.triton", "backends.reference"),
     ("backends.eager_cache",),
@@ -35,7 +36,7 @@ LAYERS = (
     ("mask", "rope"),
     ("scaling",),
     ("files",),
-    ("errors", "_build_info", "_interrupt", "_version", "_with_torch", "_C"),
+    ("errors", "forked", "_build_info", "_interrupt", "_version", "_with_torch", "_C"),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 FACADES = ("longattn", "longattn.__main__")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longattn import forked
 from longattn._build_info import build_info
 from longattn.backends.angles import rotation_positions
 from longattn.backends.base import Backend, Gradients
@@ -141,7 +142,7 @@ class CpuBackend(Backend):
         params.positions, params.inv_freq = positions.data_ptr(), inv_freq.data_ptr()
         params.positions_batch = 0 if len(positions) == 1 or positions.dim() == 1 else positions.shape[1]
         params.factor, params.interleaved, params.inverse = factor, interleaved, inverse
-        params.threads = torch.get_num_threads()
+        params.threads = forked.num_threads()
         native().rope(params)
 
 
@@ -165,7 +166,7 @@ def _params(problem: Problem, tensors: Tensors, out: Tensor, lse: Tensor) -> tup
     params.right = -1 if mask.right is None else mask.right
     params.sinks, params.offset, params.from_end = mask.sinks, mask.offset, mask.from_end
     params.scale, params.softcap, params.dropout_p = problem.scale, problem.softcap, problem.dropout_p
-    params.threads = torch.get_num_threads()
+    params.threads = forked.num_threads()
     params.first_sequence, params.first_head, params.first_query, params.first_key = problem.origin
     keep = []
     for name, x in (
@@ -228,7 +229,7 @@ def _cache_params(problem: Problem, tensors: CacheTensors, slots: Slots) -> tupl
     params.right = -1 if mask.right is None else mask.right
     params.sinks, params.frame = mask.sinks, problem.frame
     params.scale, params.softcap = problem.scale, problem.softcap
-    params.threads = torch.get_num_threads()
+    params.threads = forked.num_threads()
     keep = []
     for name, x in (("alibi_slopes", tensors.alibi_slopes), ("sink_logits", tensors.sink_logits)):
         if x is not None:
@@ -307,7 +308,7 @@ def _tables(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dty
     params.tokens, params.half, params.dtype = positions.numel(), len(inv_freq), _DTYPES[tables]
     params.positions, params.inv_freq, params.factor = positions.data_ptr(), inv_freq.data_ptr(), factor
     params.cos, params.sin = cos.data_ptr(), sin.data_ptr()
-    params.threads = torch.get_num_threads()
+    params.threads = forked.num_threads()
     native().angles(params)
     return cos, sin
 

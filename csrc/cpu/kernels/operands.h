@@ -36,6 +36,9 @@ inline const Operand* dense_rows(const AttentionParams& p, const Sequence& s, in
   return rows.dtype() == dtype ? reinterpret_cast<const Operand*>(rows.run(first, keys)) : nullptr;
 }
 
+// Heads wider than this are summed in parts: with as many terms a chain's error is that of the scores' last digits.
+constexpr int64_t kLongestChain = 128;
+
 template <class T>
 struct FloatOperands {
   using Sum = T;
@@ -88,13 +91,17 @@ struct FloatOperands {
 
   static void left_times_panel(int64_t keys, int64_t lanes, int64_t columns, Left<Operand> left, int64_t skip,
                                const Operand* right, Sum* c) {
-    product<Dot, Order::kRowMajor>(keys, lanes, columns, left.rows + skip * left.stride, left.stride, right, kPanelRows,
-                                   c, kPanelRows, false);
+    const auto multiply = columns > kLongestChain ? product<Dot, Order::kRowMajor, Sums::kParts>
+                                                  : product<Dot, Order::kRowMajor, Sums::kChain>;
+    multiply(keys, lanes, columns, left.rows + skip * left.stride, left.stride, right, kPanelRows, c, kPanelRows,
+             false);
   }
   static void across_times_weights(int64_t columns, int64_t lanes, int64_t keys, Left<Operand> across, int64_t skip,
                                    const Operand* weights, Sum* c, bool add) {
-    product<Dot, Order::kColumnMajor>(columns, lanes, keys, across.rows + skip * across.stride, across.stride, weights,
-                                      kPanelRows, c, kPanelRows, add);
+    const auto multiply = columns > kLongestChain ? product<Dot, Order::kColumnMajor, Sums::kParts>
+                                                  : product<Dot, Order::kColumnMajor, Sums::kChain>;
+    multiply(columns, lanes, keys, across.rows + skip * across.stride, across.stride, weights, kPanelRows, c,
+             kPanelRows, add);
   }
   static void add_weights_times_rows(int64_t keys, int64_t columns, const Operand* weights, const Operand* right,
                                      Sum* c) {

@@ -1,5 +1,5 @@
 // The arithmetic peak of the instructions that the kernels' products use: independent accumulators in registers,
-// nothing else.
+// nothing else. To the compiler, b is another one in each multiply-add; it would compute one product for all of them.
 #pragma once
 
 #include "cpu/kernels/amx.h"
@@ -9,7 +9,18 @@
 namespace longattn {
 namespace {
 
-constexpr int kAccumulators = 2 * 6 * kRegisterColumns < 24 ? 12 : 24;
+// The class of registers that hold vectors.
+#if defined(__AVX512F__)
+#define LONGATTN_VECTOR "+v"
+#elif defined(__x86_64__)
+#define LONGATTN_VECTOR "+x"
+#elif defined(__aarch64__)
+#define LONGATTN_VECTOR "+w"
+#else
+#define LONGATTN_VECTOR "+m"
+#endif
+
+constexpr int kAccumulators = 6 * kRegisterColumns;
 
 template <class Dot>
 inline double dot_burst(int64_t rounds, int64_t operations) {
@@ -20,9 +31,13 @@ inline double dot_burst(int64_t rounds, int64_t operations) {
   asm volatile("" : "+m"(a), "+m"(b));
   for (int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 32
-    for (int n = 0; n < kAccumulators; ++n) sum[n] = Dot::add(sum[n], &a, b);
+    for (int n = 0; n < kAccumulators; ++n) {
+      asm("" : LONGATTN_VECTOR(b));
+      sum[n] = Dot::add(sum[n], &a, b);
+    }
   }
-  for (int n = 0; n < kAccumulators; ++n) asm volatile("" : "+m"(sum[n]));
+#pragma GCC unroll 32
+  for (int n = 0; n < kAccumulators; ++n) asm volatile("" : LONGATTN_VECTOR(sum[n]));
   return static_cast<double>(rounds * kAccumulators * kWidth<T> * operations);
 }
 
