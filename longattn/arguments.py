@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from longattn.errors import InvalidInput
 from longattn.mask import Mask
@@ -223,8 +224,8 @@ def cached(
     alibi_slopes = _floats("alibi_slopes", alibi_slopes, ((q_heads,), (batch, q_heads)), device)
     sink_logits = _floats("sink_logits", sink_logits, ((q_heads,),), device)
     for name, parameter in (("alibi_slopes", alibi_slopes), ("sink_logits", sink_logits)):
-        if parameter is not None and torch.is_grad_enabled() and parameter.requires_grad:
-            raise InvalidInput(name, "no gradient in a call on a cache (see torch.no_grad)", "requires_grad")
+        if parameter is not None:
+            _no_derivative(name, parameter)
     branches = depths = None
     if tree is not None:
         for name, unwanted in (("alibi_slopes", alibi_slopes), ("causal", None if causal else "False")):
@@ -466,8 +467,7 @@ def _new_tokens(
         _floating(name, x)
         if x.device != shape.device:
             raise InvalidInput(name, f"device {shape.device} as the cache", str(x.device))
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise InvalidInput(name, "no gradient in a call on a cache (see torch.no_grad)", "requires_grad")
+        _no_derivative(name, x)
         x = _unit_stride(_autocast(x)[0])
         if found and found[0] is not None and x.dtype != found[0].dtype:
             raise InvalidInput(name, f"dtype {found[0].dtype} as q", str(x.dtype))
@@ -475,6 +475,13 @@ def _new_tokens(
     if found[1] is not None and found[2] is not None and found[1].dtype != found[2].dtype:
         raise InvalidInput("v", f"dtype {found[1].dtype} as k", str(found[2].dtype))
     return found[0], found[1], found[2]
+
+
+def _no_derivative(name: str, x: Tensor) -> None:
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise InvalidInput(name, "no gradient in a call on a cache (see torch.no_grad)", "requires_grad")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise InvalidInput(name, "no derivative in a call on a cache", "a dual tensor")
 
 
 def _cache_mask(causal: bool, window: Window, sinks: int | None, shape: CacheShape) -> Mask:
