@@ -710,7 +710,9 @@ def _dropout(dropout_p: float) -> float:
 def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
     expected = "None, an int of 64 bits, or an int64 tensor with one entry"
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or not _is_strided(seed) or seed.numel() != 1 or seed.is_meta:
+        if seed.dtype != torch.int64 or not _is_strided(seed) or seed.numel() != 1:
+            raise InvalidInput("seed", expected, _describe(seed))
+        if seed.is_meta and device.type != "meta":
             raise InvalidInput("seed", expected, _describe(seed))
         return seed.reshape(1).to(device) if dropout_p else None
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
