@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from longattn.dtensors import is_dtensor
 from longattn.errors import InvalidInput
 from longattn.mask import Mask
 from longattn.problem import CacheTensors, Problem, Tensors, cache_features, present_features
@@ -90,6 +91,7 @@ def weights(q: Tensor, k: Tensor, **keywords: Any) -> tuple[Tensors, Problem]:
     """Check a call that asks for weights alone, with the keywords of `dense`: keys take the place of values."""
     if isinstance(q, Tensor) and q.is_meta:
         raise InvalidInput("q", "a tensor with data", "a meta tensor")
+    _no_dtensor("q", q)
     return dense(q, k, k, **keywords, dropout_p=0.0, seed=None, deterministic=False)
 
 
@@ -464,6 +466,7 @@ def _new_tokens(
         fits = x.shape[1] % shape.kv_heads == 0 if name == "q" else x.shape[1] == shape.kv_heads
         if not fits or (x.shape[0], x.shape[2], x.shape[3]) != (batch, length, width):
             raise InvalidInput(name, expected, _describe(x))
+        _no_dtensor(name, x)
         _floating(name, x)
         if x.device != shape.device:
             raise InvalidInput(name, f"device {shape.device} as the cache", str(x.device))
@@ -475,6 +478,11 @@ def _new_tokens(
     if found[1] is not None and found[2] is not None and found[1].dtype != found[2].dtype:
         raise InvalidInput("v", f"dtype {found[1].dtype} as k", str(found[2].dtype))
     return found[0], found[1], found[2]
+
+
+def _no_dtensor(name: str, x: object) -> None:
+    if is_dtensor(x):
+        raise InvalidInput(name, "a plain tensor (see DTensor.to_local)", "a DTensor")
 
 
 def _no_derivative(name: str, x: Tensor) -> None:

@@ -26,7 +26,7 @@ LAYERS = (
     ("functional", "inspect"),
     ("arguments", "explanation", "redirection"),
     ("ops",),
-    ("backends.registry", "batching", "flops"),
+    ("backends.registry", "batching", "dtensors", "flops"),
     ("backends.cpu", "backends.cuda", "backends.triton", "backends.reference"),
     ("backends.eager_cache",),
     ("backends.eager",),
