@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
+from longattn.dtensors import is_dtensor
 from longattn.errors import InvalidInput
 from longattn.forked import on_one_thread
 from longattn.mask import Mask
@@ -102,6 +104,7 @@ def weights(q: Tensor, k: Tensor, **keywords: Any) -> tuple[Tensors, Problem]:
     """Check a call that asks for weights alone, with the keywords of `dense`: keys take the place of values."""
     if isinstance(q, Tensor) and q.is_meta:
         raise InvalidInput("q", "a tensor with data", "a meta tensor")
+    _no_dtensor("q", q)
     return dense(q, k, k, **keywords, dropout_p=0.0, seed=None, deterministic=False)
 
 
@@ -236,8 +239,8 @@ def cached(
     alibi_slopes = _floats("alibi_slopes", alibi_slopes, ((q_heads,), (batch, q_heads)), device)
     sink_logits = _floats("sink_logits", sink_logits, ((q_heads,),), device)
     for name, parameter in (("alibi_slopes", alibi_slopes), ("sink_logits", sink_logits)):
-        if parameter is not None and torch.is_grad_enabled() and parameter.requires_grad:
-            raise InvalidInput(name, "no gradient in a call on a cache (see torch.no_grad)", "requires_grad")
+        if parameter is not None:
+            _no_derivative(name, parameter)
     branches = depths = None
     if tree is not None:
         for name, unwanted in (("alibi_slopes", alibi_slopes), ("causal", None if causal else "False")):
@@ -479,11 +482,11 @@ def _new_tokens(
         fits = x.shape[1] % shape.kv_heads == 0 if name == "q" else x.shape[1] == shape.kv_heads
         if not fits or (x.shape[0], x.shape[2], x.shape[3]) != (batch, length, width):
             raise InvalidInput(name, expected, _describe(x))
+        _no_dtensor(name, x)
         _floating(name, x)
         if x.device != shape.device:
             raise InvalidInput(name, f"device {shape.device} as the cache", str(x.device))
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise InvalidInput(name, "no gradient in a call on a cache (see torch.no_grad)", "requires_grad")
+        _no_derivative(name, x)
         x = _unit_stride(_autocast(x)[0])
         if found and found[0] is not None and x.dtype != found[0].dtype:
             raise InvalidInput(name, f"dtype {found[0].dtype} as q", str(x.dtype))
@@ -491,6 +494,18 @@ def _new_tokens(
     if found[1] is not None and found[2] is not None and found[1].dtype != found[2].dtype:
         raise InvalidInput("v", f"dtype {found[1].dtype} as k", str(found[2].dtype))
     return found[0], found[1], found[2]
+
+
+def _no_dtensor(name: str, x: object) -> None:
+    if is_dtensor(x):
+        raise InvalidInput(name, "a plain tensor (see DTensor.to_local)", "a DTensor")
+
+
+def _no_derivative(name: str, x: Tensor) -> None:
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise InvalidInput(name, "no gradient in a call on a cache (see torch.no_grad)", "requires_grad")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise InvalidInput(name, "no derivative in a call on a cache", "a dual tensor")
 
 
 def _cache_mask(causal: bool, window: Window, sinks: int | None, shape: CacheShape) -> Mask:
@@ -755,7 +770,9 @@ def _dropout(dropout_p: float) -> float:
 def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
     expected = "None, an int of 64 bits, or an int64 tensor with one entry"
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or not _is_strided(seed) or seed.numel() != 1 or seed.is_meta:
+        if seed.dtype != torch.int64 or not _is_strided(seed) or seed.numel() != 1:
+            raise InvalidInput("seed", expected, _describe(seed))
+        if seed.is_meta and device.type != "meta":
             raise InvalidInput("seed", expected, _describe(seed))
         return _held("seed", seed).reshape(1).to(device) if dropout_p else None
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):

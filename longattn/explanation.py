@@ -7,6 +7,7 @@ from math import prod
 
 import torch
 
+from longattn import flops
 from longattn.backends import registry
 from longattn.mask import Mask
 from longattn.problem import Problem, Tensors, check_sequences
@@ -80,9 +81,7 @@ def explanation(tensors: Tensors, problem: Problem, backend: str) -> Explanation
     allowed = reasons if backend == "auto" else {registry.get(backend).name: reasons[backend]}
     chosen = next((name for name, why in allowed.items() if not why), None)
     all_pairs, visible_pairs = _count_pairs(tensors, problem)
-    d, dv = problem.head_dim, problem.v_head_dim
     itemsize = problem.dtype.itemsize
-    operations = None if visible_pairs is None else 2 * problem.q_heads * visible_pairs
     queries = prod(tensors.q.shape[:3])
     return Explanation(
         call=str(problem),
@@ -90,12 +89,10 @@ def explanation(tensors: Tensors, problem: Problem, backend: str) -> Explanation
         all_pairs=all_pairs,
         visible_pairs=visible_pairs,
         hides_more=any(name != "key_lens" for name in _hiding(tensors)),
-        forward_flops=None if operations is None else operations * (d + dv),  # q k', p v
-        backward_flops=None
-        if operations is None
-        else operations * (3 * d + 2 * dv),  # q k', dout v', p' dout, ds k, ds' q
+        forward_flops=None if visible_pairs is None else flops.operations(problem, visible_pairs, flops.FORWARD),
+        backward_flops=None if visible_pairs is None else flops.operations(problem, visible_pairs, flops.BACKWARD),
         input_bytes=itemsize * sum(x.numel() for x in tensors[:3]),
-        output_bytes=queries * (dv * itemsize + problem.accumulate_dtype.itemsize),
+        output_bytes=queries * (problem.v_head_dim * itemsize + problem.accumulate_dtype.itemsize),
         matrix_bytes=None if all_pairs is None else problem.q_heads * all_pairs * itemsize,
         backend=chosen,
         reasons=reasons,

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn import arguments, ops, redirection
+from longattn import arguments, dtensors, ops, redirection
 from longattn.arguments import Positions, Window
 from longattn.backends import registry
 from longattn.explanation import Explanation, explanation
+from longattn.problem import Problem, Tensors
 from longattn.rope import Rope
 
 
@@ -44,6 +45,8 @@ def attention(
 
     Query i stands at position p_i = i + offset and sees key j if `j <= p_i + right` and (`j >= p_i - left` or
     `j < sinks`), and if key_mask, key_lens and bounds all allow it. A query that sees nothing gives 0 with lse -inf.
+
+    DTensors may be sharded along the batch and along heads (see docs/autograd.md).
 
     Args:
         q: [B, Hq, Nq, D], float32, float64, bfloat16 or float16; any strides.
@@ -102,7 +105,7 @@ def attention(
         deterministic=deterministic,
     )
     arguments.flag("return_lse", return_lse)
-    out, lse = ops.attention(tensors, problem, registry.select(problem, backend).name)
+    out, lse = _run(tensors, problem, backend)
     return (out, lse) if return_lse else out
 
 
@@ -182,9 +185,20 @@ def attention_varlen(
         deterministic=deterministic,
     )
     arguments.flag("return_lse", return_lse)
-    out, lse = ops.attention(tensors, problem, registry.select(problem, backend).name)
+    out, lse = _run(tensors, problem, backend)
     out = out.squeeze(0).transpose(0, 1)  # indexing would copy the gradient
     return (out, lse.squeeze(0)) if return_lse else out
+
+
+def _run(tensors: Tensors, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """Run a checked call, on DTensors as this rank's part of it."""
+    if not dtensors.is_dtensor(tensors.q):
+        return ops.attention(tensors, problem, registry.select(problem, backend).name)
+    batch, heads = tensors.q.shape[:2]
+    shards, tensors, problem = dtensors.local_call(tensors, problem)
+    results = ops.attention(tensors, problem, registry.select(problem, backend).name)
+    out, lse = (shards.whole(x, batch, heads) for x in results)
+    return out, lse
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -230,7 +244,13 @@ def apply_rope(x: Tensor, rope: Rope, positions: Tensor | None = None, *, backen
     """
     x4, inv_freq, angles, factor = arguments.rotation(x, rope, positions)
     chosen = registry.select(arguments.rotation_problem(x4, rope), backend).name
-    return ops.rope(x4, inv_freq, angles, factor, rope.interleaved, chosen).view(x.shape)
+    if not dtensors.is_dtensor(x4):
+        return ops.rope(x4, inv_freq, angles, factor, rope.interleaved, chosen).view(x.shape)
+    shards = dtensors.Shards.of(x=x4)
+    local = shards.local("x", x4, 0, 1)
+    angles = shards.local("positions", angles, 0 if angles.dim() == 2 else None, None)
+    rotated = ops.rope(local, inv_freq, angles, factor, rope.interleaved, chosen)
+    return shards.whole(rotated, *x4.shape[:2]).view(x.shape)
 
 
 def explain(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from longattn import batching, operands
+from longattn import batching, flops, operands
 from longattn.backends import eager, registry
 from longattn.backends.base import Gradients
 from longattn.errors import InvalidInput, Unsupported
@@ -78,6 +78,11 @@ _library.define(
     tags=_TAGS,
 )
 _library.define(
+    f"attention_jvp({_TENSORS}, {_SCALARS}, {', '.join(f'Tensor? {name}_tangent' for name in _DIFFERENTIABLE)}) "
+    "-> (Tensor out_tangent, Tensor lse_tangent)",
+    tags=_TAGS,
+)
+_library.define(
     "rope(Tensor x, Tensor inv_freq, Tensor positions, float factor, bool interleaved, bool inverse, str backend) "
     "-> Tensor",
     tags=_TAGS,
@@ -88,6 +93,7 @@ def attention(tensors: Tensors, problem: Problem, backend: str) -> tuple[Tensor,
     """(out [B, Hq, Nq, Dv], lse [B, Hq, Nq]) on the named backend; differentiable."""
     if _is_kernel(*tensors):
         return _forward(tensors, problem, backend)
+    _offer_formulas()
     out, lse = torch.ops.longattn.attention.default(*tensors, *_scalars(problem, backend))
     return out, lse
 
@@ -165,6 +171,7 @@ def attention_with_cache(tensors: CacheTensors, slots: Slots, problem: Problem, 
     """`cache_append`, then (out [B, Hq, Nq, Dv], lse [B, Hq, Nq])."""
     if _is_kernel(*tensors, *slots):
         return _decode(tensors, slots, problem, backend)
+    _offer_formulas()
     out, lse = torch.ops.longattn.attention_with_cache.default(*tensors, *slots, backend, *_cache_scalars(problem))
     return out, lse
 
@@ -423,10 +430,25 @@ def _check_wanted(wanted: Sequence[bool], count: int) -> None:
         raise InvalidInput("wanted", f"{count} flags, one for each gradient", list(wanted))
 
 
+@on_one_thread
+def _jvp_impl(*args: Any) -> tuple[Tensor, Tensor]:
+    call, tangents = args[: -len(_DIFFERENTIABLE)], args[-len(_DIFFERENTIABLE) :]
+    tensors, problem, backend = _unflatten(call)
+    operands.check_attention(tensors, problem, backend)
+    operands.check_tangents(tensors, Gradients(*tangents))
+    out_tangent, lse_tangent = _empty_results(tensors.q, tensors.v)
+    with torch.autocast(problem.device, enabled=False):
+        eager.jvp(problem, tensors, Gradients(*tangents), out_tangent, lse_tangent, problem.accumulate_dtype)
+    return out_tangent, lse_tangent
+
+
 def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
-    """The operator one level down: the kernel, or an outer derivative of torch.func, which reads the grad mode."""
+    """The operator one level down: the kernel, or an outer derivative of torch.func, which reads the grad modes."""
     with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
-        return op(*args)
+        if forward_ad._current_level < 0:
+            return op(*args)
+        with forward_ad._set_fwd_grad_enabled(True):
+            return op(*args)
 
 
 _zeros_like = on_one_thread(torch.zeros_like)
@@ -497,6 +519,41 @@ class _AttentionDoubleBackward(torch.autograd.Function):
         raise Unsupported("third derivative of attention", {"every backend": ["derivatives end with the second"]})
 
 
+class _AttentionJvp(torch.autograd.Function):
+    """The derivative of <outputs, dout'>, whose gradients are second derivatives, and first ones for the tangents."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        results = _below_autograd(torch.ops.longattn.attention_jvp.default, args)
+        tangents = args[-len(_DIFFERENTIABLE) :]
+        ctx.save_for_backward(*args[:_NUM_TENSORS], *tangents)
+        ctx.scalars = args[_NUM_TENSORS : -len(_DIFFERENTIABLE)]
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if dout is None and dlse is None:
+            return tuple(result)
+        tensors, tangents = ctx.saved_tensors[:_NUM_TENSORS], ctx.saved_tensors[_NUM_TENSORS:]
+        out, lse = torch.ops.longattn.attention.default(*tensors, *ctx.scalars)
+        if dout is None:
+            dout = torch.zeros_like(out)
+        wanted = [ctx.needs_input_grad[at] for at in _DIFFERENTIABLE_AT]
+        if any(wanted):
+            call = (*tensors, *ctx.scalars, dout, dlse, *tangents, [*wanted, False, False])
+            grads = torch.ops.longattn.attention_double_backward.default(*call)
+            for at, flag, grad in zip(_DIFFERENTIABLE_AT, wanted, grads[:-2], strict=True):
+                result[at] = grad if flag else None
+        first = len(result) - len(_DIFFERENTIABLE)
+        wanted = list(ctx.needs_input_grad[first:])
+        if any(wanted):
+            grads = torch.ops.longattn.attention_backward.default(*tensors, *ctx.scalars, out, lse, dout, dlse, wanted)
+            result[first:] = [grad if flag else None for flag, grad in zip(wanted, grads, strict=True)]
+        return tuple(result)
+
+
 class _Rope(torch.autograd.Function):
     """A rotation is linear, and its transpose is the rotation the other way: derivatives of every order."""
 
@@ -515,15 +572,28 @@ class _Rope(torch.autograd.Function):
         return dx, None, None, None, None, None, None
 
 
-def _autograd(function: type[torch.autograd.Function], op: Any) -> Callable[..., Any]:
-    """The kernel at the Autograd key: through `function` where a gradient may be asked for, straight down otherwise."""
+def _autograd(function: type[torch.autograd.Function], op: Any, tangents_of: Any) -> Callable[..., Any]:
+    """The kernel at the Autograd key: through `function` where a gradient may be asked for, straight down otherwise.
+
+    Args:
+        tangents_of: the results' tangents, given the arguments and, by position, their tangents; None: Unsupported.
+    """
     # What PyTorch's own operators do: one level of derivatives. Function.apply would look for all levels at once.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     places = [at for at, argument in enumerate(op._schema.arguments) if argument.name in _MAY_REQUIRE_GRAD]
 
     def kernel(*args: Any) -> Any:
+        _offer_formulas()
         if forward_ad._current_level >= 0:
-            _refuse_tangents(op, args)
+            primals, tangents = _unpack_duals(args)
+            if tangents:
+                _check_tangents(op, tangents, None if tangents_of is None else places)
+                with forward_ad._set_fwd_grad_enabled(False):
+                    results = primal(args)  # what a backward keeps has its tangents
+                return _duals(results, tangents_of(primals, tangents))
+        return primal(args)
+
+    def primal(args: tuple[Any, ...]) -> Any:
         if torch.is_grad_enabled():
             for at in places:
                 x = args[at]
@@ -538,10 +608,81 @@ def _autograd(function: type[torch.autograd.Function], op: Any) -> Callable[...,
     return kernel
 
 
-def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:
-    for x in args:
-        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-            raise Unsupported(f"forward-mode derivative of {op}", {"every backend": ["derivatives are reverse-mode"]})
+def _unpack_duals(args: tuple[Any, ...]) -> tuple[list[Any], dict[int, Tensor]]:
+    """The arguments without tangents, and the tangents by position."""
+    primals, tangents = list(args), {}
+    for at, x in enumerate(args):
+        if isinstance(x, Tensor):
+            primal, tangent = forward_ad.unpack_dual(x)
+            if tangent is not None:
+                primals[at], tangents[at] = primal, tangent
+    return primals, tangents
+
+
+def _duals(results: Any, tangents: Any) -> Any:
+    """The results with their tangents, None for those that have none."""
+    if isinstance(results, Tensor):
+        return forward_ad.make_dual(results, tangents)
+    pairs = zip(results, tangents, strict=True)
+    return tuple(x if tangent is None else forward_ad.make_dual(x, tangent) for x, tangent in pairs)
+
+
+def _check_tangents(op: Any, tangents: dict[int, Tensor], places: Sequence[int] | None) -> None:
+    if places is None:
+        why = "forward mode differentiates attention and its first derivative"
+        raise Unsupported(f"forward-mode derivative of {op}", {"every backend": [why]})
+    for at in tangents:
+        name = op._schema.arguments[at].name
+        if at not in places and name not in ("out", "lse"):  # which follow from the inputs
+            raise Unsupported(f"derivative with respect to {name}", {"every backend": ["it has none"]})
+
+
+def _attention_tangents(primals: list[Any], tangents: dict[int, Tensor]) -> Any:
+    along = [tangents.get(at) for at in _DIFFERENTIABLE_AT]
+    return torch.ops.longattn.attention_jvp.default(*primals, *along)
+
+
+def _backward_tangents(primals: list[Any], tangents: dict[int, Tensor]) -> list[Tensor | None]:
+    """The tangents of gradients: second derivatives are symmetric, and gradients linear in dout and dlse."""
+    *call, out, lse, dout, dlse, wanted = primals
+    along = [tangents.get(at) for at in _DIFFERENTIABLE_AT]
+    dout_tangent, dlse_tangent = tangents.get(len(primals) - 3), tangents.get(len(primals) - 2)
+    found: list[Tensor | None] = [None] * len(wanted)
+    terms = []
+    if any(x is not None for x in along):
+        flags = [*wanted, False, False]
+        terms.append(torch.ops.longattn.attention_double_backward.default(*call, dout, dlse, *along, flags))
+    if dout_tangent is not None or dlse_tangent is not None:
+        given = torch.zeros_like(dout) if dout_tangent is None else dout_tangent
+        terms.append(torch.ops.longattn.attention_backward.default(*call, out, lse, given, dlse_tangent, wanted))
+    for term in terms:
+        for at, flag in enumerate(wanted):
+            if flag:
+                before = found[at]
+                found[at] = term[at] if before is None else before + term[at]
+    return found
+
+
+def _rope_tangents(primals: list[Any], tangents: dict[int, Tensor]) -> Tensor:
+    return torch.ops.longattn.rope.default(tangents[0], *primals[1:])
+
+
+def _offer_formulas() -> None:
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        flops.offer(_FORMULAS)
+
+
+def _formula(products: flops.Products) -> flops.Formula:
+    def formula(*args: Any, out_val: Any = None) -> int:
+        tensors, problem, _ = _unflatten(args[: _NUM_TENSORS + _NUM_SCALARS])
+        return flops.operations(problem, flops.visible_pairs(problem, tensors), products)
+
+    return formula
+
+
+def _cache_formula(*args: Any, out_val: Any = None) -> int:
+    _, _, problem, _ = _unflatten_cache(args)
+    return flops.operations(problem, flops.visible_pairs(problem), flops.FORWARD)
 
 
 def _vmap(op: Any, inputs: Sequence[str], results: Sequence[str]) -> Callable[..., Any]:
@@ -608,15 +749,16 @@ def _rope_fake(x: Tensor, *_: Any) -> Tensor:
     return empty_laid_out_as(x, x.shape[-1])
 
 
-for _name, _impl, _fake, _function in (
-    ("attention", _attention_impl, _attention_fake, _Attention),
-    ("attention_backward", _backward_impl, _backward_fake, _AttentionBackward),
-    ("attention_double_backward", _double_backward_impl, _double_backward_fake, _AttentionDoubleBackward),
-    ("rope", _rope_impl, _rope_fake, _Rope),
+for _name, _impl, _fake, _function, _tangents_of in (
+    ("attention", _attention_impl, _attention_fake, _Attention, _attention_tangents),
+    ("attention_backward", _backward_impl, _backward_fake, _AttentionBackward, _backward_tangents),
+    ("attention_double_backward", _double_backward_impl, _double_backward_fake, _AttentionDoubleBackward, None),
+    ("attention_jvp", _jvp_impl, _attention_fake, _AttentionJvp, None),
+    ("rope", _rope_impl, _rope_fake, _Rope, _rope_tangents),
 ):
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"longattn::{_name}", _fake, lib=_library)
-    _library.impl(_name, _autograd(_function, getattr(torch.ops.longattn, _name).default), "Autograd")
+    _library.impl(_name, _autograd(_function, getattr(torch.ops.longattn, _name).default, _tangents_of), "Autograd")
 
 _ops = torch.ops.longattn
 for _name, _rule in (
@@ -630,6 +772,7 @@ for _name, _rule in (
             (*_DIFFERENTIABLE, "dout", "dlse"),
         ),
     ),
+    ("attention_jvp", _vmap(_ops.attention_jvp.default, _DIFFERENTIABLE, ("out", "lse"))),
     ("rope", _rope_vmap),
 ):
     torch.library.register_vmap(f"longattn::{_name}", _rule, lib=_library)
@@ -640,3 +783,12 @@ for _name, _cache_impl, _cache_fake in (
 ):
     _library.impl(_name, _cache_impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"longattn::{_name}", _cache_fake, lib=_library)
+
+_FORMULAS: dict[Any, flops.Formula] = {
+    _ops.attention: _formula(flops.FORWARD),
+    _ops.attention_backward: _formula(flops.BACKWARD),
+    _ops.attention_double_backward: _formula(flops.DOUBLE_BACKWARD),
+    _ops.attention_jvp: _formula(flops.JVP),
+    _ops.attention_with_cache: _cache_formula,
+}
+flops.offer(_FORMULAS)

@@ -12,7 +12,6 @@ from torch import Tensor
 from longattn.errors import InvalidInput
 from longattn.mask import Mask
 
-
 OUT_OF_RANGE = -(2**31)  # of an offset or a length that 32 bits do not hold; no other may be so low
 
 

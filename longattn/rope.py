@@ -204,7 +204,7 @@ class Rope:
     def _length(self, positions: Tensor, length: int | None) -> int:
         if length is not None:
             return length
-        if not self.depends_on_length or positions.numel() == 0:
+        if not self.depends_on_length or positions.numel() == 0 or positions.is_meta:
             return 1
         largest = positions.max().item()
         if not largest < 2**53:  # NaN, too

@@ -27,7 +27,7 @@ LAYERS = (
     ("arguments", "explanation", "redirection"),
     ("ops",),
     ("operands",),
-    ("backends.registry", "batching"),
+    ("backends.registry", "batching", "dtensors", "flops"),
     ("backends.cpu", "backends.cuda", "backends.triton", "backends.reference"),
     ("backends.eager_cache",),
     ("backends.eager",),

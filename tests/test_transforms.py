@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, jacrev, vjp, vmap
 
 import longattn
 from helpers import backend_names, random_packed, random_qkv
-from longattn import Rope, Unsupported
+from longattn import Rope
 from test_double_backward import F64, ints
 
 Call = Callable[..., Any]
@@ -236,25 +236,6 @@ def test_apply_rope(backend: str, draw: int) -> None:
     check_vmap(call, dims, args)
     check_vmap(grad(loss_of(call)), dims, args)
     check_vmap(grad(loss_of(grad(loss_of(call)))), dims, args)
-
-
-@pytest.mark.parametrize("name", ["attention", "apply_rope"])
-def test_forward_mode_is_refused(name: str) -> None:
-    """Above all, no tangent is lost."""
-    import torch.autograd.forward_ad as forward_ad
-
-    q, k, v = random_qkv(1, (2, 2), (3, 3), 4)
-
-    def call(q: Tensor) -> Tensor:
-        return longattn.attention(q, k, v) if name == "attention" else longattn.apply_rope(q, Rope(4))
-
-    with pytest.raises(Unsupported, match="forward-mode"):
-        jvp(call, (q,), (q,))
-    for requires_grad in (False, True):
-        with forward_ad.dual_level(), pytest.raises(Unsupported, match="forward-mode"):
-            call(forward_ad.make_dual(q.clone().requires_grad_(requires_grad), q))
-    with forward_ad.dual_level():
-        assert torch.equal(call(q), call(q.clone()))
 
 
 def test_batched_gradients() -> None:

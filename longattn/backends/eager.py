@@ -14,6 +14,9 @@ lse' of the outputs along x', and with s' that of the scores and W' = dropout(do
 
     lse'_i = sum_j P_ij s'_ij
     out'   = dropout(P * (s' - lse')) v + dropout(P) v'
+
+which is the forward-mode derivative of a call, and
+
     dG/dP  = s' * (W - delta) - lse' * W + W' =: Y
     dG/ds  = P * (Y - sum_j P_ij Y_ij)
     dG/ds' = ds
@@ -90,6 +93,20 @@ def double_backward(
         for part in parts(problem, tensors, dtype):
             part.add_second_gradients(sums, ddout, ddlse, dout, dlse, tangents)
     _copy(sums, grads)
+
+
+def jvp(
+    problem: Problem, tensors: Tensors, tangents: Gradients, out_t: Tensor, lse_t: Tensor, dtype: torch.dtype
+) -> None:
+    """Fill the derivatives of out [B, Hq, Nq, Dv] and lse [B, Hq, Nq] along `tangents`, None for zero.
+
+    A row of lse that is -inf is a constant: its derivative is 0.
+    """
+    out_t.zero_()
+    lse_t.zero_()
+    with _bitwise(problem):
+        for part in parts(problem, tensors, dtype):
+            part.write_tangents(out_t, lse_t, tangents)
 
 
 @contextmanager
@@ -231,23 +248,22 @@ class Part:
         self.add_k(sums.k, dk)
         self.add_v(sums.v, dv)
 
+    def write_tangents(self, out_t: Tensor, lse_t: Tensor, tangents: Gradients) -> None:
+        along = self._along(tangents)
+        for tile in self.tiles():
+            tile.write_tangents(Direction(tile, along, tangents), out_t, lse_t)
+
     def add_second_gradients(
         self, sums: Gradients, ddout: Tensor, ddlse: Tensor, dout: Tensor, dlse: Tensor | None, tangents: Gradients
     ) -> None:
         scale = self.problem.scale
-        along_q = torch.zeros_like(self.q) if tangents.q is None else self.take_q(tangents.q)
-        along_k = torch.zeros_like(self.k) if tangents.k is None else self.take_k(tangents.k)
-        along_v = torch.zeros_like(self.v) if tangents.v is None else self.take_v(tangents.v)
+        along = self._along(tangents)
         dq, dk, dv = torch.zeros_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v)
         for tile in self.tiles():
-            q_t, k_t, v_t = along_q[:, :, tile.rows], tile.take_keys(along_k), tile.take_keys(along_v)
-            sink_t = 0.0 if tangents.sink_logits is None else tangents.sink_logits.to(self.dtype)[:, None]
-            products_t = scale * (q_t @ tile.k.mT + tile.q @ k_t.mT)
-            scores_t = tile.visible(tile.tangent(products_t, tangents))
-            lse_t = (tile.weights * scores_t).sum(-1) + tile.sink * sink_t
-            weights_t = tile.weights * (scores_t - lse_t[..., None])
-            self.rows_of(ddout, tile.rows).copy_(tile.drop(weights_t) @ tile.v + tile.drop(tile.weights) @ v_t)
-            self.rows_of(ddlse, tile.rows).copy_(lse_t)
+            direction = Direction(tile, along, tangents)
+            q_t, k_t, v_t, sink_t = direction.q, direction.k, direction.v, direction.sink
+            scores_t, lse_t, weights_t = direction.scores, direction.lse, direction.weights
+            tile.write_tangents(direction, ddout, ddlse)
 
             dout_rows = self.rows_of(dout, tile.rows).to(self.dtype)
             dweights = tile.drop(dout_rows @ tile.v.mT)
@@ -263,7 +279,7 @@ class Part:
                 sums.sink_logits.add_((tile.sink * (y_sink - mean)).sum((0, 2)))
             if tile.slope is not None:
                 bend = -2.0 * tile.slope * tile.capped / self.problem.softcap**2  # d slope / d products
-                dscores = tile.slope * dscores + bend * products_t * dscores_t
+                dscores = tile.slope * dscores + bend * direction.products * dscores_t
                 dscores_t = tile.slope * dscores_t
             dq[:, :, tile.rows] = scale * (dscores @ tile.k + dscores_t @ k_t)
             tile.add_keys(dk, scale * (dscores.mT @ tile.q + dscores_t.mT @ q_t))
@@ -271,6 +287,14 @@ class Part:
         self.add_q(sums.q, dq)
         self.add_k(sums.k, dk)
         self.add_v(sums.v, dv)
+
+    def _along(self, tangents: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+        """The derivatives of the rotated queries, the rotated keys, and the values."""
+        return (
+            torch.zeros_like(self.q) if tangents.q is None else self.take_q(tangents.q),
+            torch.zeros_like(self.k) if tangents.k is None else self.take_k(tangents.k),
+            torch.zeros_like(self.v) if tangents.v is None else self.take_v(tangents.v),
+        )
 
     def _seen(self, x: Tensor) -> Tensor:
         """Of keys or values; what nobody sees may hold anything."""
@@ -392,6 +416,12 @@ class Tile:
             scores_t = scores_t + self._cut(tangents.bias).to(scores_t.dtype)
         return scores_t
 
+    def write_tangents(self, along: Direction, out_t: Tensor, lse_t: Tensor) -> None:
+        """Write the tile's rows of the derivatives of out and lse."""
+        rows = self.drop(along.weights) @ self.v + self.drop(self.weights) @ along.v
+        self.part.rows_of(out_t, self.rows).copy_(rows)
+        self.part.rows_of(lse_t, self.rows).copy_(along.lse)
+
     def add_to_scores(self, sums: Gradients, dscores: Tensor) -> None:
         """Add the gradients of what is added to the scores."""
         if sums.bias is not None:
@@ -439,6 +469,23 @@ class Tile:
         bits = _join([uniform_bits(seed, b[:, None, None], h[:, None], i, keys) for keys in counted], 3)
         keep = bits >= round(problem.dropout_p * 2**32)
         return keep.to(part.dtype) / (1.0 - problem.dropout_p)
+
+
+class Direction:
+    """The derivatives of what a tile computes along the tangents of a call's arguments.
+
+    Args:
+        along: the derivatives of the part's q, k and v.
+    """
+
+    def __init__(self, tile: Tile, along: tuple[Tensor, Tensor, Tensor], tangents: Gradients) -> None:
+        part = tile.part
+        self.q, self.k, self.v = along[0][:, :, tile.rows], tile.take_keys(along[1]), tile.take_keys(along[2])
+        self.sink = 0.0 if tangents.sink_logits is None else tangents.sink_logits.to(part.dtype)[:, None]
+        self.products = part.problem.scale * (self.q @ tile.k.mT + tile.q @ self.k.mT)
+        self.scores = tile.visible(tile.tangent(self.products, tangents))
+        self.lse = (tile.weights * self.scores).sum(-1) + tile.sink * self.sink
+        self.weights = tile.weights * (self.scores - self.lse[..., None])
 
 
 def parts(problem: Problem, tensors: Tensors, dtype: torch.dtype) -> Iterator[Part]:

@@ -11,7 +11,7 @@ from longattn.problem import CacheTensors, Problem, Slots, Tensors
 
 
 class ReferenceBackend(Backend):
-    """Eager PyTorch in float64 on the tensors' own device."""
+    """Eager PyTorch in float64 on the tensors' own device; on "meta", operators return shapes and call no backend."""
 
     name = "reference"
 
@@ -19,7 +19,7 @@ class ReferenceBackend(Backend):
         return None
 
     def reasons(self, problem: Problem) -> list[str]:
-        if problem.device not in ("cpu", "cuda", "xpu"):
+        if problem.device not in ("cpu", "cuda", "xpu", "meta"):
             return [f"device {problem.device} has no float64 PyTorch kernels to run on"]
         return []
 

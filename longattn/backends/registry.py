@@ -48,7 +48,8 @@ def select(problem: Problem, name: str = "auto") -> Backend:
         if not why and name == "auto" and (passed := backend.passed_over()) is not None:
             why = [passed]
         if not why:
-            if found and backend.name == "reference" and not torch.compiler.is_compiling():
+            slow = backend.name == "reference" and problem.device != "meta"  # on which nothing runs
+            if found and slow and not torch.compiler.is_compiling():
                 _warn_slow(found)
             return backend
         found[backend.name] = why

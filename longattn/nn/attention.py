@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longattn.arguments import Positions, Window, flag, new_lengths
 from longattn.cache import Cache, attention_with_cache
+from longattn.dtensors import is_dtensor
 from longattn.errors import InvalidInput
 from longattn.extension import (
     LogN,
@@ -207,7 +208,7 @@ class Attention(nn.Module):
             "bounds": bounds,
             "softcap": self.softcap,
             "scale": self.scale,
-            "sink_logits": self.sink_logits,
+            "sink_logits": self._sink_logits_of(q),
             "rope": self.rope,
             "positions": positions,
             "dropout_p": self.dropout if self.training else 0.0,
@@ -254,7 +255,7 @@ class Attention(nn.Module):
             "key_lens": key_lens,
             "scale": self.scale,
             "softcap": self.softcap,
-            "sink_logits": self.sink_logits,
+            "sink_logits": self._sink_logits_of(q),
             "dropout_p": self.dropout if self.training else 0.0,
         }
         if self._groups and self.training:
@@ -319,7 +320,7 @@ class Attention(nn.Module):
             sinks=None if self.window is None else self.sinks,
             softcap=self.softcap,
             scale=self.scale,
-            sink_logits=self.sink_logits,
+            sink_logits=self._sink_logits_of(q),
             rope=self.rope,
             positions=positions,
             lengths=lengths,
@@ -356,7 +357,7 @@ class Attention(nn.Module):
                 standing=(places.in_sequence, places.keys),
                 scale=self.scale,
                 softcap=self.softcap,
-                sink_logits=self.sink_logits,
+                sink_logits=self._sink_logits_of(q),
             )
         return out.transpose(1, 2).flatten(-2)
 
@@ -425,7 +426,7 @@ class Attention(nn.Module):
             bounds=bounds,
             softcap=self.softcap,
             scale=self.scale,
-            sink_logits=self.sink_logits,
+            sink_logits=self._sink_logits_of(q),
             rope=self.rope,
             positions=positions,
         )
@@ -436,16 +437,26 @@ class Attention(nn.Module):
         return f"heads={heads}, {seen}, rope={self.rope}, methods={list(self.methods)}"
 
     def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [..., N, Hq, D], k and v [..., M, Hkv, D]."""
-        return self._project_queries(x), *self._project_keys(context)
+        """q [..., N, Hq, D], k and v [..., M, Hkv, D]; of a tensor-parallel layer those of this rank's heads."""
+        q, k, v = self._project_queries(x), *self._project_keys(context)
+        heads, kv_heads = q.shape[-2], k.shape[-2]
+        if heads * self.num_kv_heads != kv_heads * self.num_heads and not kv_heads == self.num_kv_heads == 1:
+            expected = f"{self.num_kv_heads} heads, or as large a part of them as q_proj has of its {self.num_heads}"
+            raise InvalidInput("k_proj", expected, f"{kv_heads} heads beside {heads} of q_proj")
+        return q, k, v
+
+    def _sink_logits_of(self, q: Tensor) -> Tensor | None:
+        """The logits of q's heads: where q is this rank's own, its shard of them."""
+        logits = self.sink_logits
+        return logits.to_local() if is_dtensor(logits) and not is_dtensor(q) else logits
 
     def _project_queries(self, x: Tensor) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
         return q if self.q_norm is None else self.q_norm(q)
 
     def _project_keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        k = self.k_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        k = self.k_proj(context).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(context).unflatten(-1, (-1, self.head_dim))
         return k if self.k_norm is None else self.k_norm(k), v
 
     def _check_input(self, name: str, x: Tensor, packed: bool) -> None:

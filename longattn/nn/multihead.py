@@ -189,7 +189,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _split_heads(self, x: Tensor, batched: bool) -> Tensor:
         """[..., embed_dim] in the caller's layout -> [B, num_heads, N, head_dim], a view."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        x = x.unflatten(-1, (-1, self.head_dim))
         if not batched:
             x = x[None]
         elif not self.batch_first:

@@ -104,7 +104,7 @@ def test_an_unknown_name(backends: tuple[str, ...]) -> None:
 
 def test_no_backend_at_all(backends: tuple[str, ...]) -> None:
     with pytest.raises(Unsupported) as raised:
-        registry.select(PROBLEM._replace(head_dim=9, device="meta"))
+        registry.select(PROBLEM._replace(head_dim=9, device="mps"))
     assert list(raised.value.reasons) == list(backends)
     assert "Nq 2, Nk 2, D 9" in str(raised.value)
 
