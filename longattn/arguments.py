@@ -114,8 +114,8 @@ def packed(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     *,
     causal: bool,
     window: Window,
@@ -148,9 +148,8 @@ def packed(
     batch = cu_seqlens_q.shape[0] - 1
     if cu_seqlens_k.shape[0] - 1 != batch:
         raise InvalidInput("cu_seqlens_k", f"{batch + 1} entries as in cu_seqlens_q", f"{cu_seqlens_k.shape[0]}")
-    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or not 0 <= value <= _INT32_MAX:
-            raise InvalidInput(name, "an int from 0 to 2^31 - 1", _describe(value))
+    max_seqlen_q = longest("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = longest("max_seqlen_k", max_seqlen_k)
     offset = None
     if isinstance(align, Tensor):
         offset = _place_tensor("align", align, batch, q.device)
@@ -475,12 +474,9 @@ def _new_tokens(
         if x is None:
             found.append(None)
             continue
-        heads = "a multiple of " if name == "q" else ""
-        expected = f"a tensor [{batch}, {heads}{shape.kv_heads}, {length}, {width}], to fit the cache"
-        if not isinstance(x, Tensor) or x.dim() != 4:
-            raise InvalidInput(name, expected, _describe(x))
-        fits = x.shape[1] % shape.kv_heads == 0 if name == "q" else x.shape[1] == shape.kv_heads
-        if not fits or (x.shape[0], x.shape[2], x.shape[3]) != (batch, length, width):
+        if not _fits_cache(x, name == "q", batch, shape.kv_heads, length, width):
+            heads = "a multiple of " if name == "q" else ""
+            expected = f"a tensor [{batch}, {heads}{shape.kv_heads}, {length}, {width}], to fit the cache"
             raise InvalidInput(name, expected, _describe(x))
         _no_dtensor(name, x)
         _floating(name, x)
@@ -506,6 +502,13 @@ def _no_derivative(name: str, x: Tensor) -> None:
         raise InvalidInput(name, "no gradient in a call on a cache (see torch.no_grad)", "requires_grad")
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         raise InvalidInput(name, "no derivative in a call on a cache", "a dual tensor")
+
+
+def _fits_cache(x: object, is_query: bool, batch: int, kv_heads: int, length: int, width: int) -> bool:
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return False
+    fits = x.shape[1] % kv_heads == 0 if is_query else x.shape[1] == kv_heads
+    return fits and (x.shape[0], x.shape[2], x.shape[3]) == (batch, length, width)
 
 
 def _cache_mask(causal: bool, window: Window, sinks: int | None, shape: CacheShape) -> Mask:
@@ -590,11 +593,17 @@ def _qkv(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[str]) -> tuple[Tensor, 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast q, k and v take its dtype, as in PyTorch's own attention (float64 stays)."""
-    device = tensors[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        return tuple(x if x.dtype in (torch.float64, dtype) else _convert(x, dtype) for x in tensors)
-    return tensors
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
+        return tensors
+    return tuple(x if x.dtype in (torch.float64, dtype) else _convert(x, dtype) for x in tensors)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of autocast on this type of device, None where autocast is off."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -650,16 +659,19 @@ def _bounds(
 def _bias(bias: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
     if bias is None:
         return None
-    expected = f"a floating or bool tensor broadcastable to {shape}"
-    if not isinstance(bias, Tensor) or bias.dtype not in (*DTYPES, torch.bool) or bias.dim() > 4:
-        raise InvalidInput("bias", expected, _describe(bias))
-    if not _is_strided(bias):
-        raise InvalidInput("bias", expected, _describe(bias))
+    if not isinstance(bias, Tensor) or bias.dtype not in (*DTYPES, torch.bool) or not broadcasts(bias, shape):
+        raise InvalidInput("bias", f"a floating or bool tensor broadcastable to {shape}", _describe(bias))
     while bias.dim() < 4:
         bias = bias[None]
-    if any(size != 1 and size != full for size, full in zip(bias.shape, shape, strict=True)):
-        raise InvalidInput("bias", expected, f"shape {tuple(bias.shape)}")
     return _on_device("bias", bias, device)
+
+
+def broadcasts(x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether x is a strided tensor that broadcasts to `shape`."""
+    if not _is_strided(x) or x.dim() > len(shape):
+        return False
+    own = shape[len(shape) - x.dim() :]
+    return all(size == 1 or size == full for size, full in zip(x.shape, own, strict=True))
 
 
 def _floats(name: str, x: Tensor | None, shapes: Sequence[tuple[int, ...]], device: torch.device) -> Tensor | None:
@@ -685,6 +697,30 @@ def _place_tensor(name: str, x: object, batch: int, device: torch.device) -> Ten
 @on_one_thread
 def _marked(x: Tensor) -> Tensor:
     return torch.where((x < -_INT32_MAX) | (x > _INT32_MAX), OUT_OF_RANGE, x).to(torch.int32)
+
+
+def longest(name: str, value: int | Tensor) -> int:
+    """Check the length of the longest packed sequence: an int, or a tensor that holds one and is read."""
+    found: Any = value
+    if isinstance(found, Tensor) and found.numel() == 1 and found.dtype in _INTEGERS and not found.is_meta:
+        found = found.item()
+    is_int = isinstance(found, (int, torch.SymInt)) and not isinstance(found, bool)
+    if not is_int or not within(found, 0, _INT32_MAX):
+        raise InvalidInput(name, "an int from 0 to 2^31 - 1, or a tensor that holds one", _describe(found))
+    return found
+
+
+def within(value: int, low: int, high: int) -> bool:
+    """Whether low <= value <= high. A number that a graph reads from a tensor is checked when the graph runs."""
+    if not torch.compiler.is_compiling() and not any(isinstance(x, torch.SymInt) for x in (value, low, high)):
+        return low <= value <= high
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    if not guard_or_true(low <= value) or not guard_or_true(value <= high):
+        return False
+    torch._check(low <= value)
+    torch._check(value <= high)
+    return True
 
 
 def _to_int32(x: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""What goes wrong at the public boundary: bad arguments, and calls that no backend can run."""
+"""What goes wrong at the public boundary: bad arguments, and calls that no backend can run.
+
+Exceptions keep their arguments (`BaseException.__new__` does) and become text when they are shown: torch.compile traces
+their constructors, which call no method of a built-in class for that reason.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,12 @@ class InvalidInput(ValueError):
     """An argument does not satisfy the contract: names it, what was expected, and what came."""
 
     def __init__(self, argument: str, expected: str, got: object) -> None:
-        super().__init__(f"{argument}: expected {expected}, got {_on_one_line(got)}")
         self.argument = argument
         self.expected = expected
         self.got = got
 
-    def __reduce__(self) -> tuple[type[InvalidInput], tuple[str, str, object]]:
-        return type(self), (self.argument, self.expected, self.got)
+    def __str__(self) -> str:
+        return f"{self.argument}: expected {self.expected}, got {_on_one_line(self.got)}"
 
 
 class CacheFull(InvalidInput):
@@ -28,13 +31,12 @@ class Unsupported(NotImplementedError):
     """No backend (or not the one that was named) can run a valid call: lists each backend with its reasons."""
 
     def __init__(self, call: str, reasons: Mapping[str, Sequence[str]]) -> None:
-        listing = "\n".join(f"  {backend}: {'; '.join(why)}" for backend, why in reasons.items())
-        super().__init__(f"no backend can run this call\n  call: {call}\n{listing}")
         self.call = call
         self.reasons = {backend: list(why) for backend, why in reasons.items()}
 
-    def __reduce__(self) -> tuple[type[Unsupported], tuple[str, dict[str, list[str]]]]:
-        return type(self), (self.call, self.reasons)
+    def __str__(self) -> str:
+        listing = "\n".join(f"  {backend}: {'; '.join(why)}" for backend, why in self.reasons.items())
+        return f"no backend can run this call\n  call: {self.call}\n{listing}"
 
 
 def _on_one_line(got: object) -> str:

@@ -115,8 +115,8 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     *,
     causal: bool = False,
     window: Window = None,
@@ -144,7 +144,8 @@ def attention_varlen(
         q: [Tq, Hq, D], k: [Tk, Hkv, D], v: [Tk, Hkv, Dv]: the sequences one after another.
         cu_seqlens_q, cu_seqlens_k: int32 [batch + 1], where each sequence starts and the last ends; sequence b of q
             attends to sequence b of k. Tokens outside all sequences give 0.
-        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence.
+        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence. A tensor is read, which waits for its
+            device.
         positions: [Tk], or a pair ([Tq], [Tk]).
         key_mask, bounds, bias: must be None. All else as in `attention`, per sequence.
 

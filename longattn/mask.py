@@ -131,12 +131,12 @@ class Mask:
             bounds: (lo, hi), int [Lq] or [B, Lq]: a query sees keys of [lo, hi) only.
             rows: the queries wanted, a slice or their indices; keys: the keys wanted.
         """
-        j = torch.arange(*keys.indices(lk), device=device)
+        j = torch.arange(*_indices(keys, lk), device=device)
         lens = torch.tensor([lk], device=device) if key_lens is None else key_lens.to(torch.int64)
         shift = torch.tensor([self.offset], device=device) if offset is None else offset.to(torch.int64)
         if self.from_end:
             shift = shift + lens - lq
-        i = rows if isinstance(rows, Tensor) else torch.arange(*rows.indices(lq), device=device)
+        i = rows if isinstance(rows, Tensor) else torch.arange(*_indices(rows, lq), device=device)
         p = i + shift[:, None]  # [B, rows]
         p = p[:, :, None]
         visible = self.visible(p, j) & (j < lens[:, None, None])
@@ -146,6 +146,11 @@ class Mask:
             lo, hi = (x if x.dim() == 2 else x[None] for x in bounds)
             visible = visible & (lo[:, rows, None] <= j) & (j < hi[:, rows, None])
         return visible.expand(visible.shape[0], p.shape[1], j.shape[0])
+
+
+def _indices(part: slice, count: int) -> tuple[int, int, int]:
+    """slice.indices, which would make a constant of a symbolic count."""
+    return (0, count, 1) if part == slice(None) else part.indices(count)
 
 
 def _window_sides(window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:

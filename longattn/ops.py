@@ -295,6 +295,10 @@ def _unflatten(args: tuple[Any, ...]) -> tuple[Tensors, Problem, str]:
     return tensors, problem, backend
 
 
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def empty_laid_out_as(x: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor of x's shape but for the last dimension, its dimensions in memory in x's order."""
     batch, heads, tokens, _ = x.shape
@@ -392,8 +396,7 @@ def _backward_impl(*args: Any) -> tuple[Tensor, ...]:
     _check_wanted(wanted, len(_DIFFERENTIABLE))
     results = (("out", out), ("lse", lse), ("dout", dout), ("dlse", dlse))
     operands.check_backward(tensors, problem._replace(needs_grad=True), backend, results, wanted)
-    if dout.stride(-1) != 1 and dout.shape[-1] != 1:
-        dout = dout.contiguous()
+    dout = _unit_stride(dout)
     grads = _empty_gradients(tensors, wanted)
     registry.get(backend).backward(problem, tensors, out, lse.contiguous(), dout, dlse, grads)
     return _fixed_arity(grads, tensors.q)
@@ -738,15 +741,14 @@ def _rope_impl(
 def _rotate(
     x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, interleaved: bool, inverse: bool, backend: str
 ) -> Tensor:
-    if x.stride(-1) != 1 and x.shape[-1] != 1:
-        x = x.contiguous()
+    x = _unit_stride(x)
     out = empty_laid_out_as(x, x.shape[-1])
     registry.get(backend).rope(x, inv_freq, positions, factor, interleaved, inverse, out)
     return out
 
 
 def _rope_fake(x: Tensor, *_: Any) -> Tensor:
-    return empty_laid_out_as(x, x.shape[-1])
+    return empty_laid_out_as(_unit_stride(x), x.shape[-1])
 
 
 for _name, _impl, _fake, _function, _tangents_of in (

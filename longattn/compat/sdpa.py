@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
-from longattn.arguments import flag
+from longattn.arguments import autocast_dtype, broadcasts, flag
 from longattn.compat.errors import described, renamed
 from longattn.errors import InvalidInput, Unsupported
 from longattn.functional import attention
@@ -106,16 +106,16 @@ def _bias(attn_mask: Tensor, query: Tensor, key: Tensor, leading: tuple[int, ...
     """attn_mask as [batch, heads, L, S]; where it is broadcast, it stays 1, but for a batch that it varies over."""
     full = (*leading, query.shape[-2], key.shape[-2])
     dtypes = {torch.bool, torch.float32, query.dtype}
-    if torch.is_autocast_enabled(query.device.type):
-        dtypes.add(torch.get_autocast_dtype(query.device.type))
-    expected = f"a bool, float32 or {str(query.dtype)[6:]} tensor broadcastable to {full}"
+    autocast = autocast_dtype(query.device.type)
+    if autocast is not None:
+        dtypes.add(autocast)
     if isinstance(attn_mask, Tensor) and attn_mask.is_nested:
         raise _unsupported("a nested attn_mask")
-    if not isinstance(attn_mask, Tensor) or attn_mask.dtype not in dtypes or attn_mask.layout != torch.strided:
+    typed = isinstance(attn_mask, Tensor) and attn_mask.dtype in dtypes
+    if not typed or not broadcasts(attn_mask, full):
+        expected = f"a bool, float32 or {str(query.dtype)[6:]} tensor broadcastable to {full}"
         raise InvalidInput("attn_mask", expected, described(attn_mask))
     shape = (1,) * (len(full) - attn_mask.dim()) + tuple(attn_mask.shape)
-    if len(shape) > len(full) or any(size not in (1, most) for size, most in zip(shape, full, strict=True)):
-        raise InvalidInput("attn_mask", expected, described(attn_mask))
     batch, rest = leading[:-1], shape[-3:]
     if all(size == 1 for size in shape[: len(batch)]):
         return attn_mask.reshape(1, *rest)

@@ -119,11 +119,10 @@ class EncoderDecoder(nn.Module):
         for name, value in (("lengths", lengths), ("sequences", sequences)):
             if value is not None:
                 raise InvalidInput(name, "None without caches", type(value).__name__)
-        expected = f"[{tokens.shape[0]}, M, {self.config.dim}]"
-        if memory is None:
-            raise InvalidInput("memory", expected, None)
-        if memory.dim() != 3 or memory.shape[0] != tokens.shape[0] or memory.shape[2] != self.config.dim:
-            raise InvalidInput("memory", expected, f"shape {tuple(memory.shape)}")
+        batch, width = tokens.shape[0], self.config.dim
+        if memory is None or memory.dim() != 3 or (memory.shape[0], memory.shape[2]) != (batch, width):
+            got = None if memory is None else f"shape {tuple(memory.shape)}"
+            raise InvalidInput("memory", f"[{batch}, M, {width}]", got)
         return self.decoder.run(self.embedding(tokens), memory=memory, memory_mask=source_mask, memory_lens=source_lens)
 
     def remember(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longattn.arguments import autocast_dtype
+
 __all__ = ["autocast", "matmul_dtype", "product_dtype"]
 
 
@@ -31,7 +33,5 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
     What several products read is cast to it once; autocast would cast it for each.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    dtype = autocast_dtype(x.device.type)
+    return x.dtype if dtype is None or x.dtype == torch.float64 else dtype

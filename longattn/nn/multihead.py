@@ -234,8 +234,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if value.shape[:-1] != key.shape[:-1]:
             expected = f"key's length and batch size, as in {tuple(key.shape)}"
             raise InvalidInput("value", expected, f"shape {tuple(value.shape)}")
-        _check_mask("key_padding_mask", key_padding_mask, [(batch, keys) if batched else (keys,)])
-        _check_mask("attn_mask", attn_mask, [(length, keys), (batch * self.num_heads, length, keys)])
+        _check_mask("key_padding_mask", key_padding_mask, ((batch, keys) if batched else (keys,),))
+        _check_mask("attn_mask", attn_mask, ((length, keys), (batch * self.num_heads, length, keys)))
         return batched
 
 
@@ -249,14 +249,16 @@ def check_options(module: torch.nn.MultiheadAttention, window: Window, sinks: in
                 raise InvalidInput(name, "None with add_bias_kv or add_zero_attn (keys without a position)", value)
 
 
-def _check_mask(name: str, mask: Tensor | None, shapes: list[tuple[int, ...]]) -> None:
+def _check_mask(name: str, mask: Tensor | None, shapes: tuple[tuple[int, ...], ...]) -> None:
     if mask is None:
         return
-    expected = f"a bool or floating tensor {' or '.join(str(list(shape)) for shape in shapes)}"
     if not isinstance(mask, Tensor) or mask.is_nested:
-        raise InvalidInput(name, expected, "a nested tensor" if isinstance(mask, Tensor) else type(mask).__name__)
-    if (mask.dtype != torch.bool and not mask.is_floating_point()) or tuple(mask.shape) not in shapes:
-        raise InvalidInput(name, expected, f"{str(mask.dtype)[6:]} of shape {tuple(mask.shape)}")
+        got = "a nested tensor" if isinstance(mask, Tensor) else type(mask).__name__
+    elif (mask.dtype == torch.bool or mask.is_floating_point()) and tuple(mask.shape) in shapes:
+        return
+    else:
+        got = f"{str(mask.dtype)[6:]} of shape {tuple(mask.shape)}"
+    raise InvalidInput(name, f"a bool or floating tensor {' or '.join(str(list(shape)) for shape in shapes)}", got)
 
 
 def _in_our_terms(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -67,13 +67,14 @@ def check_table(name: str, x: object, shape: tuple[int, ...] | None, device: tor
     return x
 
 
-def check_contents(name: str, x: Tensor, low: int, high: int, what: str) -> None:
+def check_contents(name: str, x: Tensor, low: int, high: int, what: str | Callable[[], str]) -> None:
     """Every entry lies in low..high. Tensors on a GPU are not read: that would wait for it."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
         return
     smallest, largest = (int(extreme) for extreme in torch.aminmax(x))
     if smallest < low or largest > high:
-        raise InvalidInput(name, f"entries of {low}..{high} ({what})", f"{smallest}..{largest}")
+        reason = what if isinstance(what, str) else what()
+        raise InvalidInput(name, f"entries of {low}..{high} ({reason})", f"{smallest}..{largest}")
 
 
 def window_sides(window_size: Iterable[int]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.arguments import flag
+from longattn.arguments import flag, longest, within
 from longattn.compat.errors import described, renamed
 from longattn.compat.flash_attn.checks import (
     DENSE,
@@ -123,8 +123,8 @@ def flash_attn_varlen_func(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -139,7 +139,7 @@ def flash_attn_varlen_func(
 
     Args:
         cu_seqlens_q, cu_seqlens_k: int32 [batch + 1], where each sequence starts and the last ends.
-        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence.
+        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence, an int or a tensor that holds one.
         block_table: int32 [batch, max_blocks]: k and v are pages [blocks, block_size, nheads_k, headdim], and the keys
             of sequence b stand in pages block_table[b]; cu_seqlens_k says how many. The pages are copied together.
 
@@ -165,8 +165,8 @@ def flash_attn_varlen_kvpacked_func(
     kv: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -187,7 +187,7 @@ def flash_attn_varlen_kvpacked_func(
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
-    max_seqlen: int,
+    max_seqlen: int | Tensor,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -364,7 +364,7 @@ def _dense(
 
 def _packed(
     qkv: tuple[Tensor, ...],
-    sequences: tuple[Tensor, Tensor, int, int],
+    sequences: tuple[Tensor, Tensor, int | Tensor, int | Tensor],
     names: dict[str, str],
     dropout_p: float,
     keywords: dict[str, Any],
@@ -386,7 +386,8 @@ def _packed(
     out, lse = attend(q, k, v, dropout_p, seed)
     mask = None
     if seed is not None:
-        cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = sequences
+        cu_seqlens_q, cu_seqlens_k = sequences[:2]
+        longest_q, longest_k = longest("max_seqlen_q", sequences[2]), longest("max_seqlen_k", sequences[3])
         at_k = token_places(cu_seqlens_k, k.shape[0])
         one_hot = (at_k.place[:, None] == torch.arange(longest_k, device=k.device)).float()
         one_hot = one_hot[:, None].expand(-1, k.shape[1], -1)
@@ -439,15 +440,18 @@ def _cache_lengths(
     if cache_seqlens is None:
         return None
     most = cache.capacity - added
-    holder = "k_cache" if cache.block_table is None else "block_table"
-    room = f"{holder} has room for {cache.capacity}, {added} of them new"
+
+    def room() -> str:
+        holder = "k_cache" if cache.block_table is None else "block_table"
+        return f"{holder} has room for {cache.capacity}, {added} of them new"
+
     if isinstance(cache_seqlens, Tensor):
         check_indices("cache_seqlens", cache_seqlens, (batch,), device)
         check_contents("cache_seqlens", cache_seqlens, 0, most, room)
         return cache_seqlens.to(torch.int32)
-    valid = isinstance(cache_seqlens, (int, torch.SymInt)) and not isinstance(cache_seqlens, bool)
-    if not valid or not 0 <= cache_seqlens <= most:
-        raise InvalidInput("cache_seqlens", f"0..{most} ({room}), or a tensor of such", described(cache_seqlens))
+    is_int = isinstance(cache_seqlens, (int, torch.SymInt)) and not isinstance(cache_seqlens, bool)
+    if not is_int or not within(cache_seqlens, 0, most):
+        raise InvalidInput("cache_seqlens", f"0..{most} ({room()}), or a tensor of such", described(cache_seqlens))
     return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=device)
 
 

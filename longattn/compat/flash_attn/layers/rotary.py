@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from longattn.arguments import flag
+from longattn.arguments import flag, longest, within
 from longattn.compat.errors import described
 from longattn.compat.flash_attn.checks import (
     DENSE,
@@ -33,7 +33,7 @@ def apply_rotary_emb(
     inplace: bool = False,
     seqlen_offsets: Offsets = 0,
     cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    max_seqlen: int | Tensor | None = None,
 ) -> Tensor:
     """x with the first rotary_dim entries of its heads rotated: token i of a sequence by row i + seqlen_offsets.
 
@@ -47,7 +47,7 @@ def apply_rotary_emb(
             result alone.
         seqlen_offsets: an int, or an int32 tensor [batch].
         cu_seqlens: int32 [batch + 1], where packed sequences start and end. Tokens outside all pass through.
-        max_seqlen: of a packed sequence; needed with cu_seqlens.
+        max_seqlen: of a packed sequence, an int or a tensor that holds one; needed with cu_seqlens.
 
     Raises:
         InvalidInput: an argument that does not fit, or a token past the end of the tables.
@@ -151,12 +151,13 @@ def dense_tables(cos: Tensor, sin: Tensor, offsets: Offsets, batch: int, seqlen:
 
 
 def _packed_tables(
-    cos: Tensor, sin: Tensor, offsets: Offsets, cu_seqlens: Tensor, max_seqlen: int | None, tokens: int
+    cos: Tensor, sin: Tensor, offsets: Offsets, cu_seqlens: Tensor, max_seqlen: int | Tensor | None, tokens: int
 ) -> tuple[Tensor, Tensor]:
     """The rows of packed tokens: [tokens, 1, rotary_dim / 2]."""
     check_sequences("cu_seqlens", cu_seqlens, cos.device)
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)) or max_seqlen < 0:
-        raise InvalidInput("max_seqlen", "an int >= 0 beside cu_seqlens", described(max_seqlen))
+    if max_seqlen is None:
+        raise InvalidInput("max_seqlen", "an int or a tensor that holds one with cu_seqlens", None)
+    max_seqlen = longest("max_seqlen", max_seqlen)
     check_contents("cu_seqlens", cu_seqlens, 0, tokens, "the tokens")
     check_contents("cu_seqlens", cu_seqlens.diff(), 0, max_seqlen, "lengths up to max_seqlen")
     sequence, place, inside = token_places(cu_seqlens, tokens)
@@ -222,7 +223,8 @@ def check_width(name: str, width: int, x: Tensor) -> None:
 
 def _check_offset(offset: int, cos: Tensor, seqlen: int) -> None:
     rows = cos.shape[0]
-    if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)) or not 0 <= offset <= rows - seqlen:
+    is_int = isinstance(offset, (int, torch.SymInt)) and not isinstance(offset, bool)
+    if not is_int or not within(offset, 0, rows - seqlen):
         raise InvalidInput(
             "seqlen_offsets", f"0..{rows - seqlen}, as cos has {rows} rows for {seqlen} tokens", described(offset)
         )
@@ -231,4 +233,4 @@ def _check_offset(offset: int, cos: Tensor, seqlen: int) -> None:
 def _check_offsets(offsets: Tensor, batch: int, cos: Tensor, seqlen: int) -> None:
     check_indices("seqlen_offsets", offsets, (batch,), cos.device)
     rows = cos.shape[0]
-    check_contents("seqlen_offsets", offsets, 0, rows - seqlen, f"cos has {rows} rows for {seqlen} tokens")
+    check_contents("seqlen_offsets", offsets, 0, rows - seqlen, lambda: f"cos has {rows} rows for {seqlen} tokens")
