@@ -12,6 +12,9 @@ from torch import Tensor
 from longattn.errors import InvalidInput
 from longattn.mask import Mask
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+_TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
+
 
 class Tensors(NamedTuple):
     """What a kernel reads. B sequences, Hq query heads, Hkv key/value heads, Nq queries, Nk keys.
@@ -203,6 +206,20 @@ def cache_features(tensors: CacheTensors, softcap: float, ring: bool, storage: t
 def checks_enabled() -> bool:
     """Whether LONGATTN_CHECK asks for checks that cost time: those of what lies on a GPU."""
     return os.environ.get("LONGATTN_CHECK", "0") not in ("", "0")
+
+
+def readable(x: Tensor) -> bool:
+    """Return whether the values of x can be read now: not in a graph, not under a transform, and only if it has any."""
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.is_meta:
+        return False
+    if torch._C._len_torch_dispatch_stack() and any(torch._C._get_dispatch_mode(key) for key in _TRACERS):
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
+def checkable(x: Tensor) -> bool:
+    """Return whether a check may read the values of x: where they are readable, and on a GPU if LONGATTN_CHECK asks."""
+    return readable(x) and (x.device.type == "cpu" or checks_enabled())
 
 
 def check_sequences(tensors: Tensors, problem: Problem) -> None:
