@@ -8,7 +8,7 @@ from longattn.evaluation.metrics import accuracy, bleu, f1, mean_loss, perplexit
 from longattn.evaluation.plan import MACHINES, MODELS, Estimate, Machine, plan
 from longattn.evaluation.reading import Reader, check_memory, make_reader
 from longattn.evaluation.retrieval import RULER_TASKS, Question, passkey, ruler
-from longattn.evaluation.suite import TASKS, Cell, Evaluation, Plan, Results, summary
+from longattn.evaluation.suite import TASKS, TEXT_TASKS, Cell, Evaluation, Plan, Results, summary
 
 __all__ = [
     "ATTENTION_CALLS",
@@ -29,6 +29,7 @@ __all__ = [
     "Reader",
     "Results",
     "TASKS",
+    "TEXT_TASKS",
     "accuracy",
     "attention_cost",
     "bleu",

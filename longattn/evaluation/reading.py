@@ -32,6 +32,10 @@ class Reader(Protocol):
     def answer(self, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
         """The likeliest tokens after a prompt, each as it comes."""
 
+    @property
+    def most_tokens(self) -> int | None:
+        """The positions that the model has, where they are learned; None: it can read any number of tokens."""
+
     def bytes_for(self, tokens: int) -> int:
         """About how much memory reading so many tokens takes, beside the weights."""
 
@@ -72,6 +76,11 @@ class DecoderReader:
     def answer(self, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
         for piece in stream(self.model, [list(prompt)], GenerationConfig(max_new_tokens=new_tokens)):
             yield piece.token
+
+    @property
+    def most_tokens(self) -> int | None:
+        config = self.model.config
+        return config.max_length if config.positions == "learned" else None
 
     def bytes_for(self, tokens: int) -> int:
         config, width = self.model.config, self.model.output_weight.element_size()
@@ -130,6 +139,12 @@ class HuggingFaceReader:
             newest = read.logits[:, -1].argmax(-1, keepdim=True)
             yield int(newest)
             parts = (newest,)
+
+    @property
+    def most_tokens(self) -> int | None:
+        # Models of transformers whose configs name the positions by n_positions (GPT-2's kin) learn them.
+        config = self.model.config.get_text_config()
+        return getattr(config, "n_positions", None)
 
     def bytes_for(self, tokens: int) -> int:
         config = self.model.config.get_text_config()

@@ -23,10 +23,10 @@ from longattn.evaluation.cost import PeakMemory
 from longattn.evaluation.reading import Reader, check_memory
 from longattn.evaluation.retrieval import RULER_TASKS, Question, passkey, ruler
 
-__all__ = ["TASKS", "Cell", "Evaluation", "Plan", "Results", "summary"]
+__all__ = ["TASKS", "TEXT_TASKS", "Cell", "Evaluation", "Plan", "Results", "summary"]
 
 TASKS = ("loss", "short_windows", "perplexity", "passkey", *RULER_TASKS, "speed")
-_TEXT_TASKS = ("loss", "short_windows", "perplexity")
+TEXT_TASKS = ("loss", "short_windows", "perplexity")
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -157,7 +157,8 @@ class Evaluation:
         device: whose memory counts.
 
     Raises:
-        InvalidInput: a text shorter than the plan takes, or lengths that do not fit into memory, by estimate.
+        InvalidInput: a text shorter than the plan takes, lengths too short for a task, or longer than the model's
+            positions or, by estimate, than the memory.
     """
 
     def __init__(
@@ -182,6 +183,13 @@ class Evaluation:
             expected = f"a text of at least {plan.text_tokens:,} tokens, for these lengths and windows"
             raise InvalidInput("text", expected, f"{have:,} tokens")
         longest = max(plan.lengths)
+        most, written = reader.most_tokens, _DECODED if "speed" in plan.tasks else 0
+        if most is not None and longest + written > most:
+            expected = f"at most {most - written:,} tokens, as the model has {most:,} positions"
+            raise InvalidInput("lengths", f"{expected} and speed writes {written}" if written else expected, longest)
+        for cell in self.cells():
+            if cell.task not in TEXT_TASKS and cell.task != "speed" and cell.length <= _SHORT:
+                self._question(cell)
         check_memory("lengths", longest, reader.bytes_for(longest), device)
 
     def cells(self) -> list[Cell]:
@@ -211,7 +219,7 @@ class Evaluation:
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Read what a cell asks for."""
-        if cell.task in _TEXT_TASKS:
+        if cell.task in TEXT_TASKS:
             assert self.text is not None
             start, stop = self._span(cell)
             with PeakMemory(self.device) as memory:
@@ -270,9 +278,13 @@ class Evaluation:
     def _question(self, cell: Cell) -> Question:
         seed = (self.plan.seed, cell.number)
         room = cell.length - len(self.prefix)
-        if cell.task == "passkey":
-            return passkey(self.encode, room, cell.depth, (cell.length, cell.depth, *seed))
-        return ruler(cell.task, self.encode, room, seed)
+        try:
+            if cell.task == "passkey":
+                return passkey(self.encode, room, cell.depth, (cell.length, cell.depth, *seed))
+            return ruler(cell.task, self.encode, room, seed)
+        except InvalidInput as error:
+            start = f", after {len(self.prefix)} that a prompt starts with" if self.prefix else ""
+            raise InvalidInput("lengths", f"{error.expected} of {cell.task}{start}", cell.length) from error
 
     def _speed(self, length: int) -> dict[str, Any]:
         """Reading a prompt of so many tokens, and then a few more one at a time."""
@@ -294,6 +306,7 @@ class Evaluation:
         return sentence * math.ceil(length / len(sentence))
 
 
+_SHORT = 1 << 15  # tokens: no task's question needs more
 _DECODED = 16  # new tokens whose time is taken
 
 
