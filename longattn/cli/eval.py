@@ -25,7 +25,7 @@ from longattn.cli.language_model import LanguageModel, load_language_model, trai
 from longattn.cli.methods import chosen_methods, method_options
 from longattn.cli.output import make_console
 from longattn.errors import InvalidInput
-from longattn.evaluation import TASKS, TEXT_TASKS, Cell, Evaluation, Plan, Results, make_reader
+from longattn.evaluation import TASKS, TEXT_TASKS, Cell, Evaluation, Plan, Results, make_reader, most_positions
 from longattn.files import write_text
 from longattn.integrations import extend
 
@@ -114,7 +114,10 @@ def evaluate(
         expected = "an evaluation to resume" if resume else "a new folder, or --resume beside it"
         raise InvalidInput("--out", expected, out)
     loaded = load_language_model(model, gguf=gguf, dtype=getattr(torch, dtype), device=device)
-    trained = trained_length(loaded.model)
+    trained, positions = trained_length(loaded.model), most_positions(loaded.model)
+    if positions is not None and plan.most_tokens > positions:
+        expected = f"lengths of which no task takes more than the model's {positions:,} positions"
+        raise InvalidInput("--lengths", expected, f"tasks that take {plan.most_tokens:,}")
     if "short_windows" in plan.tasks and plan.context is None:
         read_at_once = min(trained, max(counts))
         plan = replace(

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from longattn.errors import InvalidInput
 from longattn.models import Decoder, GenerationConfig, chunked_cross_entropy, make_caches, stream
 
-__all__ = ["DecoderReader", "HuggingFaceReader", "Reader", "check_memory", "free_bytes", "make_reader"]
+__all__ = [
+    "DecoderReader",
+    "HuggingFaceReader",
+    "Reader",
+    "check_memory",
+    "free_bytes",
+    "make_reader",
+    "most_positions",
+]
 
 _PIECE = 2048  # tokens that go through the layers at once
 _LOGITS = 1024  # tokens whose logits are held at once
@@ -31,10 +39,6 @@ class Reader(Protocol):
 
     def answer(self, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
         """The likeliest tokens after a prompt, each as it comes."""
-
-    @property
-    def most_tokens(self) -> int | None:
-        """The positions that the model has, where they are learned; None: it can read any number of tokens."""
 
     def bytes_for(self, tokens: int) -> int:
         """About how much memory reading so many tokens takes, beside the weights."""
@@ -76,11 +80,6 @@ class DecoderReader:
     def answer(self, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
         for piece in stream(self.model, [list(prompt)], GenerationConfig(max_new_tokens=new_tokens)):
             yield piece.token
-
-    @property
-    def most_tokens(self) -> int | None:
-        config = self.model.config
-        return config.max_length if config.positions == "learned" else None
 
     def bytes_for(self, tokens: int) -> int:
         config, width = self.model.config, self.model.output_weight.element_size()
@@ -140,12 +139,6 @@ class HuggingFaceReader:
             yield int(newest)
             parts = (newest,)
 
-    @property
-    def most_tokens(self) -> int | None:
-        # Models of transformers whose configs name the positions by n_positions (GPT-2's kin) learn them.
-        config = self.model.config.get_text_config()
-        return getattr(config, "n_positions", None)
-
     def bytes_for(self, tokens: int) -> int:
         config = self.model.config.get_text_config()
         width = next(self.model.parameters()).element_size()
@@ -158,6 +151,15 @@ class HuggingFaceReader:
         working = piece * (4 * config.hidden_size + 4 * heads * head_dim + 3 * hidden) * width
         rows = tokens if self.length_matters else min(tokens, _LOGITS)
         return kept + working + rows * config.vocab_size * (width + 8)
+
+
+def most_positions(model: nn.Module) -> int | None:
+    """Return the number of positions of a model whose positions are a table; None: there is no such limit."""
+    config: Any = model.config
+    if isinstance(model, Decoder):
+        return config.max_length if config.positions == "learned" else None
+    found = getattr(config.get_text_config(), "n_positions", None)  # so GPT-2's kin call them
+    return found if isinstance(found, int) else None
 
 
 def make_reader(model: nn.Module) -> Reader:
