@@ -33,6 +33,8 @@ def predict(checkpoint: Path, texts: tuple[str, ...], context: int) -> None:
     embed      the cosine of each text with the first
     masked     the likeliest tokens at each [MASK]
     """
+    if context < 1:
+        raise InvalidInput("--context", "an int >= 1", context)
     card = read_card(checkpoint)
     if card is None or card.tokenizer is None:
         raise InvalidInput("CHECKPOINT", "one of `longattn fine-tune`, with the .json beside it", checkpoint)
