@@ -147,6 +147,8 @@ def extend(
             raise InvalidInput("--out", "a new file or folder", out)
         if loaded.card is not None:
             check_card(out, loaded.card, resume=False)
+        elif loaded.tokenizer is None and card.exists():
+            raise InvalidInput("--out", f"no other file at {card}", "one")
         if found is not None:
             if not isinstance(extended, Decoder):
                 got = type(before).__name__

@@ -207,84 +207,132 @@ def train(
     settings = {"training": asdict(config), "data": batches.describe(), "dtype": str(dtype).removeprefix("torch.")}
     if loss is not None:
         settings["loss"] = loss.describe()
-    optimizer = _optimizer(model, config)
-    step, before = 0, 0.0
-    sharded = is_sharded(model)
-    if sharded and config.seconds:
-        raise InvalidInput("seconds", "0 where ranks train together, as their clocks differ", config.seconds)
-    if checkpoint is not None:
-        _check_writable(Path(checkpoint), folder=sharded)
-    if resume and checkpoint is not None:
-        if sharded:
-            step = load_sharded(checkpoint, model, optimizer, settings)
-        else:
-            step, before = _restore(load_checkpoint(checkpoint), model, optimizer, settings)
-    saved = step
-
-    def save(rng: Tensor | None = None) -> None:
-        nonlocal saved
-        if checkpoint is not None and sharded:
-            save_sharded(checkpoint, model, optimizer, settings, step)
-        elif checkpoint is not None:
-            broken = not_finite(model.named_parameters())
-            if broken:
-                raise FloatingPointError(f"the weights after step {step} are not finite ({broken[0]}): not saved")
-            elapsed = before + time.perf_counter() - start
-            save_checkpoint(checkpoint, _snapshot(model, optimizer, settings, step, elapsed, rng))
-        saved = step
-
-    def save_after(error: Exception, rng: Tensor) -> None:
-        """Save the steps before one that failed, which began with this state of the generator."""
-        if (
-            checkpoint is None or sharded or step == saved
-        ):  # ranks save together, and one that failed does not take part
-            return
-        try:
-            save(rng)
-        except (OSError, FloatingPointError) as failed:
-            error.add_note(f"The {step - saved} steps since the last save are lost: {failed}")
-
-    losses: list[float] = []
-    tokens = 0
-    _save_memory(model, config)
-    model.train()
-    start = time.perf_counter()
-    with _interrupt_between_steps() as interrupted, _progress_bar(description, show_progress) as show:
-        while (progress := config.progress(step, before + time.perf_counter() - start)) < 1.0:
-            rng = torch.get_rng_state()
-            try:
-                inputs = {name: x.to(device) for name, x in _inputs(batches.batch(step)).items()}
-                for group in optimizer.param_groups:
-                    group["lr"] = config.learning_rate_at(step, progress)
-                with autocast(device, dtype):
-                    value = (loss or model.loss)(**inputs)
-                optimizer.zero_grad()
-                value.backward()
-                norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                losses.append(value.item())
-                for what, found in (("loss", losses[-1]), ("gradient's norm", _number(norm))):
-                    if not math.isfinite(found):
-                        raise FloatingPointError(f"the {what} of step {step} is {found}: lower the learning rate")
-            except Exception as error:
-                save_after(error, rng)
-                raise
-            optimizer.step()
-
-            step += 1
-            tokens += inputs["tokens"].numel()
-            elapsed = time.perf_counter() - start
-            show(config.progress(step, before + elapsed), step, losses[-1], tokens / elapsed)
-            if on_any_rank(interrupted(), device) if sharded else interrupted():
-                save()
-                raise KeyboardInterrupt
-            if config.save_every and step % config.save_every == 0:
-                save()
-        if step != saved:
-            save()
-        if not sharded and interrupted():  # while the last steps were saved
+    with _interrupt_between_steps() as interrupted:
+        run = _Run(model, config, settings, None if checkpoint is None else Path(checkpoint), resume)
+        _save_memory(model, config)
+        model.train()
+        run.start = start = time.perf_counter()
+        losses: list[float] = []
+        tokens = 0
+        with _progress_bar(description, show_progress) as show:
+            while (progress := config.progress(run.step, run.elapsed())) < 1.0:
+                rng = torch.get_rng_state()
+                try:
+                    inputs = {name: x.to(device) for name, x in _inputs(batches.batch(run.step)).items()}
+                    with autocast(device, dtype):
+                        value = (loss or model.loss)(**inputs)
+                    losses.append(run.backward(value))
+                except Exception as error:
+                    run.save_after(error, rng)
+                    raise
+                run.update(progress)
+                tokens += inputs["tokens"].numel()
+                seconds = time.perf_counter() - start
+                show(config.progress(run.step, run.elapsed()), run.step, losses[-1], tokens / seconds)
+                if on_any_rank(interrupted(), device) if run.sharded else interrupted():
+                    run.save()
+                    raise KeyboardInterrupt
+                if config.save_every and run.step % config.save_every == 0:
+                    run.save()
+        run.save()
+        if not run.sharded and interrupted():  # while the last steps were saved
             raise KeyboardInterrupt
     model.eval()
-    return TrainingResult(losses, step, tokens, time.perf_counter() - start)
+    return TrainingResult(losses, run.step, tokens, time.perf_counter() - start)
+
+
+class _Run:
+    """A training between two steps: model, optimiser, and how much of it is on disk.
+
+    Attributes:
+        step: how many are done. saved: how many of them the checkpoint holds.
+        start: when this call began to train.
+    """
+
+    def __init__(
+        self, model: Any, config: TrainingConfig, settings: dict[str, Any], checkpoint: Path | None, resume: bool
+    ) -> None:
+        self.model, self.config, self.settings, self.checkpoint = model, config, settings, checkpoint
+        self.sharded = is_sharded(model)
+        if self.sharded and config.seconds:
+            raise InvalidInput("seconds", "0 where ranks train together, as their clocks differ", config.seconds)
+        if checkpoint is not None:
+            _check_writable(checkpoint, folder=self.sharded)
+        self.optimizer = _optimizer(model, config)
+        self.step, self._before = 0, 0.0
+        if resume and checkpoint is not None:
+            if self.sharded:
+                self.step = load_sharded(checkpoint, model, self.optimizer, settings)
+            else:
+                self.step, self._before = _restore(load_checkpoint(checkpoint), model, self.optimizer, settings)
+        self.saved = self.step
+        self.start = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Return the seconds of training, those before a resume included."""
+        return self._before + time.perf_counter() - self.start
+
+    def backward(self, value: Tensor) -> float:
+        """Compute and clip the gradients of a loss, and return it as a number.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite.
+        """
+        self.optimizer.zero_grad()
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # ranks that share weights have a DTensor
+        for what, found in (("loss", loss := value.item()), ("gradient's norm", norm.item())):
+            if not math.isfinite(found):
+                raise FloatingPointError(f"the {what} of step {self.step} is {found}: lower the learning rate")
+        return loss
+
+    def update(self, progress: float) -> None:
+        """Let the optimiser take the step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate_at(self.step, progress)
+        self.optimizer.step()
+        self.step += 1
+
+    def save(self, rng: Tensor | None = None) -> None:
+        """Write the checkpoint, unless it holds all steps.
+
+        Args:
+            rng: the state of the generator to save; that at hand by default.
+
+        Raises:
+            FloatingPointError: the weights are not finite. OSError: it cannot be written. The older one stays.
+        """
+        if self.checkpoint is None or self.step == self.saved:
+            return
+        if self.sharded:
+            save_sharded(self.checkpoint, self.model, self.optimizer, self.settings, self.step)
+        else:
+            broken = not_finite(self.model.named_parameters())
+            if broken:
+                raise FloatingPointError(f"the weights after step {self.step} are not finite ({broken[0]}): not saved")
+            state = {
+                f"{name}.{key}": value
+                for name, weight in self.model.named_parameters()
+                for key, value in self.optimizer.state[weight].items()
+            }
+            progress = {"step": self.step, "elapsed": self.elapsed()}
+            rng = torch.get_rng_state() if rng is None else rng
+            weights = self.model.state_dict()
+            made = Checkpoint(self.model.config, weights, state, rng, progress, self.settings)
+            save_checkpoint(self.checkpoint, made)
+        self.saved = self.step
+
+    def save_after(self, error: Exception, rng: Tensor) -> None:
+        """Save the steps before one that failed and began with this state of the generator.
+
+        Ranks save together, and one that failed takes no part: sharded trainings save nothing.
+        """
+        try:
+            if not self.sharded:
+                self.save(rng)
+        except (OSError, FloatingPointError) as failed:
+            error.add_note(f"The {self.step - self.saved} steps since the last save are lost: {failed}")
 
 
 def _check_writable(path: Path, *, folder: bool) -> None:
@@ -294,11 +342,6 @@ def _check_writable(path: Path, *, folder: bool) -> None:
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InvalidInput("checkpoint", "a path in a folder that can be written", path)
-
-
-def _number(norm: Tensor) -> float:
-    """Return the norm of all gradients; ranks that share weights have it as a DTensor."""
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def _save_memory(model: nn.Module, config: TrainingConfig) -> None:
@@ -324,24 +367,6 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
-
-
-def _snapshot(
-    model: Any,
-    optimizer: torch.optim.AdamW,
-    settings: dict[str, Any],
-    step: int,
-    elapsed: float,
-    rng: Tensor | None = None,
-) -> Checkpoint:
-    state = {
-        f"{name}.{key}": value
-        for name, weight in model.named_parameters()
-        for key, value in optimizer.state[weight].items()
-    }
-    progress = {"step": step, "elapsed": elapsed}
-    rng = torch.get_rng_state() if rng is None else rng
-    return Checkpoint(model.config, model.state_dict(), state, rng, progress, settings)
 
 
 def _restore(
