@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from longattn.cli.device import Device
 from longattn.cli.language_model import LanguageModel, load_language_model, trained_length
 from longattn.cli.methods import chosen_methods, method_options
 from longattn.cli.output import make_console
+from longattn.cli.writing import writes_folder
 from longattn.errors import InvalidInput
 from longattn.evaluation import TASKS, TEXT_TASKS, Cell, Evaluation, Plan, Results, make_reader, most_positions
 from longattn.files import write_text
 from longattn.integrations import extend
+from longattn.training.text_files import find_texts, read_pieces
 
 __all__ = ["evaluate", "read_text", "token_counts"]
 
@@ -125,7 +128,7 @@ def evaluate(
         )
     methods = chosen_methods(loaded.model, **options)
     reads: Any = reduce(extend, methods, loaded.model)
-    text = read_text(texts, loaded, plan.text_tokens) if texts else None
+    text = read_text(texts, loaded, plan.text_tokens, out=out) if texts else None
     settings = {
         "model": str(model),
         "config": _digest(reads.config.to_dict()),
@@ -149,19 +152,26 @@ def evaluate(
         "threads": torch.get_num_threads(),
         "device": device,
     }
-    machine |= {"torch": torch.__version__, "longattn": __version__}
+    machine |= {"torch": str(torch.__version__), "longattn": __version__}
     results = Results({**settings, "machine": machine})
     if resume:
         results = Results.load(place)
         for name, value in settings.items():
             if results.settings.get(name) != value:
                 raise InvalidInput(f"--resume: {name}", repr(results.settings.get(name)), repr(value))
-    out.mkdir(parents=True, exist_ok=True)
-    _run(evaluation, results, place, console)
-    page = report.markdown(results)
-    write_text(out / "report.md", page)
-    can_draw = importlib.util.find_spec("matplotlib") is not None
-    pictures = report.draw(results, out) if can_draw else []
+        before = results.settings.get("machine")
+        if not isinstance(before, dict) or {name: type(value) for name, value in before.items()} != {
+            name: type(value) for name, value in machine.items()
+        }:
+            raise InvalidInput("--resume: machine", f"an object with {', '.join(machine)}", repr(before))
+    with writes_folder(out):
+        if place.exists() != resume:
+            raise InvalidInput("--out", "a folder that no other command writes", out)
+        _run(evaluation, results, place, console)
+        page = report.markdown(results)
+        write_text(out / "report.md", page)
+        can_draw = importlib.util.find_spec("matplotlib") is not None
+        pictures = report.draw(results, out) if can_draw else []
     console.print(page)
     if not can_draw:
         console.print("No pictures: matplotlib is not installed (pip install longattn[plot]).")
@@ -170,19 +180,26 @@ def evaluate(
     console.print(f"Results: {place}", soft_wrap=True)
 
 
-def read_text(paths: Sequence[Path], model: LanguageModel, least: int) -> Tensor:
+def read_text(
+    paths: Sequence[Path], model: LanguageModel, least: int, *, out: Path | None = None, argument: str = "--text"
+) -> Tensor:
     """The token ids of files, and of all files below folders, one after another, int64: at least so many, if there are.
 
-    A text is encoded a megabyte at a time, and no further than it takes.
+    A text is encoded a megabyte at a time, and no further than it takes. Files below folders that are not texts are
+    left out and counted.
+
+    Raises:
+        InvalidInput: a text that is not UTF-8, cannot be read, or is named and binary.
     """
-    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     ids = list(model.prefix)
-    for file in files:
-        if not file.is_file():
-            continue
-        with file.open(encoding="utf-8", errors="replace") as opened:
-            while len(ids) < least and (piece := opened.read(_PIECE)):
-                ids += model.encode(piece)
+    for path in paths:  # in the order in which they are named
+        found = find_texts([path], out=out, argument=argument)
+        if (warning := found.warning()) is not None:
+            make_console(error=True).print(f"Warning: {warning}", soft_wrap=True)
+        for piece in chain.from_iterable(read_pieces(file, _PIECE) for file in found.files):
+            if len(ids) >= least:
+                break
+            ids += model.encode(piece)
     return torch.tensor(ids, dtype=torch.int64)
 
 
@@ -236,7 +253,9 @@ def _run(evaluation: Evaluation, results: Results, place: Path, console: Console
             evaluation.run(results, _saver(results, place), show)
         except KeyboardInterrupt:
             progress.stop()
-            console.print(f"Interrupted; {len(results.cells)} readings are kept. Go on with --resume.")
+            kept = len(Results.load(place).cells) if place.exists() else 0
+            said = f"{kept} readings are saved: the same command with --resume continues"
+            console.print(f"interrupted; {said if kept else 'nothing was saved'}", soft_wrap=True)
             sys.exit(130)
         progress.update(bar, completed=len(evaluation.cells()))
 

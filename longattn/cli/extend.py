@@ -17,11 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from longattn.cli.card import card_path, check_card, tokenizer_json
+from longattn.cli.device import Device
 from longattn.cli.eval import read_text
 from longattn.cli.language_model import LanguageModel, load_language_model, trained_length
 from longattn.cli.methods import chosen_methods, method_options
+from longattn.cli.output import make_console
 from longattn.cli.train import open_tokens
-from longattn.cli.writing import check_device, check_installed, claimed
+from longattn.cli.writing import check_installed, claimed
 from longattn.errors import InvalidInput
 from longattn.evaluation import make_reader, search_longrope
 from longattn.extension import Method
@@ -74,7 +76,7 @@ _SAMPLED = 256  # numbers of each weight that identify a model
 @click.option("--precision", type=click.Choice(PRECISIONS), default="auto", help="Of the matrix products.")
 @click.option("--save-every", default=50, help="Steps between checkpoints of the fine-tune.")
 @click.option("--resume", is_flag=True, help="Go on with a fine-tune that was interrupted; all else as it was started.")
-@click.option("--device", default="cpu", help="Where to train.")
+@click.option("--device", type=Device(), default="cpu", help="Where to train.")
 @click.option("--seed", default=0, help="Of the batches and the search.")
 @method_options
 def extend(
@@ -108,7 +110,7 @@ def extend(
     MODEL is a checkpoint of `longattn train`, a folder of a Hugging Face model with its tokenizer, or a folder with a
     GGUF file. What is written is of the same kind; of a GGUF file, a folder of a Hugging Face model.
     """
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     if out.exists() or out.is_symlink():
         raise InvalidInput("--out", "a new file or folder", out)
     if not options["methods"]:
@@ -127,10 +129,9 @@ def extend(
     if lora is not None:
         check_installed(["peft"], "lora", "--lora")
         adapters = Lora(rank=lora, alpha=2 * lora, embeddings=lora_embeddings)
-    check_device(device)
     found = find_texts(texts, name_pattern, out=out, argument="--text") if texts else None
     if found is not None and (warning := found.warning()) is not None:
-        Console(stderr=True, highlight=False, markup=False).print(f"Warning: {warning}", soft_wrap=True)
+        make_console(error=True).print(f"Warning: {warning}", soft_wrap=True)
     loaded = load_language_model(model, gguf=gguf, device=device, keep=True)
     before: Any = loaded.model
     if search is not None:
@@ -191,7 +192,7 @@ def _searched(
         raise InvalidInput("--factor", "a number above 1, to search for", factor)
     trained = trained_length(loaded.model) if options["trained"] is None else options["trained"]
     length = int(factor * trained)
-    text = read_text([path], loaded, length + 1)
+    text = read_text([path], loaded, length + 1, argument="--search")
     if len(text) < length + 1:
         raise InvalidInput("--search", f"a text of at least {length + 1:,} tokens", f"{len(text):,} tokens in {path}")
     model: Any = loaded.model
@@ -202,7 +203,7 @@ def _searched(
     else:
         rope = replace(Rope.from_hf(model.config.get_text_config()), scaling=None)
     columns = (TextColumn("searching"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+    with Progress(*columns, TimeElapsedColumn(), console=make_console(error=True)) as progress:
         bar = progress.add_task("searching", total=population * (generations + 1), loss=float("nan"))
 
         def loss(candidate: LongRoPE) -> float:

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from longattn.cli.card import Card, card_path, check_card, open_tokenizer, read_card
+from longattn.cli.output import make_console
 from longattn.cli.writing import check_installed, check_out, claimed
 from longattn.errors import InvalidInput
 from longattn.evaluation import accuracy, bleu, f1, retrieval_accuracy
@@ -101,7 +101,7 @@ def fine_tune(
     translate  {"source": ..., "target": ...}
     embed      {"text": ..., "other": ...}: two texts that belong together
     """
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     check_out(out, resume)
     if not 0.0 <= held_out < 1.0:
         raise InvalidInput("--held-out", "a number in [0, 1)", held_out)

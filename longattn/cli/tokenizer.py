@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from longattn.cli.output import echo
 from longattn.errors import InvalidInput
 from longattn.files import locked, remove_temporaries, write_text
 from longattn.training import clean_documents, train_bpe, train_wordpiece
@@ -30,7 +31,7 @@ def tokenizer(paths: tuple[Path, ...], out: Path, kind: str, vocab_size: int, na
         raise InvalidInput("--out", "a new file", out)
     found = find_texts(paths, name_pattern, out=out)
     if (warning := found.warning()) is not None:
-        click.echo(f"Warning: {warning}", err=True)
+        echo(f"Warning: {warning}", error=True)
     with locked(out):
         if out.exists():  # another command wrote it since
             raise InvalidInput("--out", "a new file", out)
@@ -42,4 +43,4 @@ def tokenizer(paths: tuple[Path, ...], out: Path, kind: str, vocab_size: int, na
         else:
             trained = train_wordpiece(documents, vocab_size)
         write_text(out, trained.to_str(pretty=True))
-    click.echo(f"{trained.get_vocab_size()} token ids; saved to {out}")
+    echo(f"{trained.get_vocab_size()} token ids; saved to {out}")

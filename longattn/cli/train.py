@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from rich.console import Console
 
 from longattn.cli.card import Card, card_path, check_card, open_tokenizer, tokenizer_json
+from longattn.cli.output import make_console
 from longattn.cli.writing import check_out, claimed
 from longattn.errors import InvalidInput
 from longattn.evaluation import loss_by_position, mean_loss, perplexity
@@ -114,7 +114,7 @@ def train(
     reads them; bytes may be in any encoding. Ctrl-C saves; the same command with --resume goes on from there, to the
     same losses.
     """
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     check_out(out, resume)
     if next_sentence and objective != "masked":
         raise InvalidInput("--next-sentence", "left out, or --objective masked", objective)
@@ -149,7 +149,7 @@ def train(
     texts = find_texts(paths, name_pattern, out=out, inputs=inputs)
     fingerprints = texts.fingerprints()
     if (warning := texts.warning()) is not None:
-        Console(stderr=True, highlight=False, markup=False).print(f"Warning: {warning}", soft_wrap=True)
+        make_console(error=True).print(f"Warning: {warning}", soft_wrap=True)
     card = Card(objective, tokenizer, next_sentence=next_sentence, texts=fingerprints)
 
     tokens = out.with_name(out.name + ".tokens")

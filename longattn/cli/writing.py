@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from longattn.errors import InvalidInput
 from longattn.files import locked, remove_temporaries
 from longattn.training.checkpoint import saved_steps
 
-__all__ = ["check_device", "check_installed", "check_out", "claimed", "writes_folder"]
+__all__ = ["check_installed", "check_out", "claimed", "writes_folder"]
 
 
 def check_out(out: Path, resume: bool) -> None:
@@ -37,14 +36,6 @@ def check_installed(modules: Iterable[str], extra: str, what: str) -> None:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise InvalidInput(what, f"the extra {extra} (pip install longattn[{extra}])", f"no module {missing[0]}")
-
-
-def check_device(name: str, argument: str = "--device") -> None:
-    """Raise InvalidInput unless torch has the device, before anything is loaded."""
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InvalidInput(argument, "a device that torch has", f"{name!r}: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,8 +19,10 @@ from torch import Tensor
 
 from longattn.errors import InvalidInput
 from longattn.evaluation.cost import PeakMemory
+from longattn.evaluation.metrics import perplexity
 from longattn.evaluation.reading import Reader, check_memory
 from longattn.evaluation.retrieval import RULER_TASKS, Question, passkey, ruler
+from longattn.files import write_text
 
 __all__ = ["TASKS", "TEXT_TASKS", "Cell", "Evaluation", "Plan", "Results", "summary"]
 
@@ -126,29 +127,76 @@ class Results:
                 yield cell, found
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the file whole or not at all.
+
+        Raises:
+            OSError: it cannot be written, for example on a full disk.
+        """
         cells = [{**json.loads(key), **found} for key, found in self.cells.items()]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"settings": self.settings, "cells": cells}, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps({"settings": self.settings, "cells": cells}, indent=1))
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """What `save` wrote.
+        """Read what `save` wrote.
 
         Raises:
-            InvalidInput: another file.
+            InvalidInput: another or a damaged file.
         """
+        expected = "a complete file of an evaluation"
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            names = ("task", "length", "number", "depth")
-            cells = {
-                Cell(**{name: cell[name] for name in names}).key: {k: v for k, v in cell.items() if k not in names}
-                for cell in saved["cells"]
-            }
-            return cls(saved["settings"], cells)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InvalidInput("results", "a file of an evaluation", f"{path}: {error}") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise InvalidInput("results", expected, f"{path}: {error}") from error
+        if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
+            raise InvalidInput("results", f"{expected}, with its settings", path)
+        if not isinstance(saved.get("cells"), list):
+            raise InvalidInput("results", f"{expected}, with its cells", path)
+        found: dict[str, dict[str, Any]] = {}
+        for number, values in enumerate(saved["cells"]):
+            where = f"{path}, cell {number}"
+            if not isinstance(values, dict):
+                raise InvalidInput("results", expected, where)
+            cell = _read_cell(values, where)
+            if cell.key in found:
+                raise InvalidInput("results", f"{expected}, each cell once", where)
+            found[cell.key] = {name: value for name, value in values.items() if name not in _COORDINATES}
+        return cls(saved["settings"], found)
+
+
+_COORDINATES = ("task", "length", "number", "depth")
+_OF_QUESTIONS = ("recall", "characters", "seconds")
+_OF_TASKS = {"loss": ("seconds",), "short_windows": ("seconds",), "perplexity": ("loss", "seconds")}
+_OF_TASKS["speed"] = ("seconds", "tokens_per_second", "new_tokens_per_second")
+
+
+def _read_cell(values: dict[str, Any], where: str) -> Cell:
+    """Check the entries of one cell. What was measured may be infinite or NaN, as a model's losses may be."""
+
+    def refuse(name: str, expected: str) -> InvalidInput:
+        return InvalidInput(f"results' {name}", expected, f"{values.get(name)!r} in {where}")
+
+    def is_number(value: object) -> bool:
+        return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+    coordinates: list[Any] = [values.get(name) for name in _COORDINATES]
+    task, length, number, depth = coordinates
+    if task not in TASKS:
+        raise refuse("task", f"one of {', '.join(TASKS)}")
+    for name, value, least in (("length", length, 1), ("number", number, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+            raise refuse(name, f"an int >= {least}")
+    if not is_number(depth) or not 0.0 <= depth <= 1.0:
+        raise refuse("depth", "a number in [0, 1]")
+    for name in _OF_TASKS.get(task, _OF_QUESTIONS):
+        if not is_number(values.get(name)):
+            raise refuse(name, "a number")
+    losses = values.get("losses")
+    if task in ("loss", "short_windows") and not (isinstance(losses, list) and losses and all(map(is_number, losses))):
+        raise refuse("losses", "a list of numbers")
+    memory = values.get("peak_bytes")
+    if task in (*TEXT_TASKS, "speed") and memory is not None and not is_number(memory):
+        raise refuse("peak_bytes", "None or a number")
+    return Cell(task, length, number, depth)
 
 
 class Evaluation:
@@ -249,14 +297,28 @@ class Evaluation:
     def run(
         self, results: Results, save: Callable[[], None], show: Callable[[Cell, int, int], None] | None = None
     ) -> None:
-        """Measure what results lack, and save after each cell."""
+        """Measure what results lack, and save after each cell.
+
+        Raises:
+            InvalidInput: the results hold cells that are not of this evaluation.
+        """
         cells = self.cells()
+        self._check(results, cells)
         for number, cell in enumerate(cells):
             if show is not None:
                 show(cell, number, len(cells))
             if cell.key not in results.cells:
                 results.cells[cell.key] = self.measure(cell)
                 save()
+
+    def _check(self, results: Results, cells: Sequence[Cell]) -> None:
+        unknown = results.cells.keys() - {cell.key for cell in cells}
+        if unknown:
+            raise InvalidInput("results", "cells of this evaluation alone", min(unknown))
+        for cell in cells:
+            losses, buckets = results.cells.get(cell.key, {}).get("losses"), -(-cell.length // self.plan.bucket)
+            if losses is not None and len(losses) != buckets:
+                raise InvalidInput("results", f"{buckets} losses of {cell.key}", len(losses))
 
     def _in_short_windows(self, tokens: Tensor) -> Tensor:
         """Each token counts where it stands latest: after context - stride tokens or more, but for the first ones."""
@@ -334,7 +396,7 @@ def _mean(task: str, many: list[dict[str, Any]]) -> dict[str, Any]:
         losses = [sum(at) / len(many) for at in zip(*(one["losses"] for one in many), strict=True)]
         return {"losses": losses, "windows": len(many)}
     if task == "perplexity":
-        return {"perplexity": math.exp(mean("loss")), "loss": mean("loss"), "strides": len(many)}
+        return {"perplexity": perplexity(mean("loss")), "loss": mean("loss"), "strides": len(many)}
     if task == "speed":
         return dict(many[0])
     return {"recall": mean("recall"), "characters": mean("characters"), "trials": len(many)}

@@ -87,16 +87,20 @@ def find_texts(
     named = {path for path in paths if path.is_file()}
     ours = {path.resolve() for path in outputs(out)} if out is not None else set()
     used = {Path(path).resolve() for path in inputs}
+
+    def is_ours(path: Path) -> bool:
+        return not ours.isdisjoint((path, *path.parents))
+
     files, left_out = [], []
     for file in find_files(paths, pattern):
         head = _head(file)
         if file in named:
-            if file.resolve() in ours:
+            if is_ours(file.resolve()):
                 raise InvalidInput(argument, "texts, not what this command writes", file)
             if b"\0" in head:
                 raise InvalidInput(argument, "text files", f"{file}, a binary file (byte {head.index(0)} is NUL)")
             files.append(file)
-        elif file.resolve() in ours | used:
+        elif is_ours(file.resolve()) or file.resolve() in used:
             continue
         elif b"\0" in head or _is_written(file, head):
             left_out.append(file)
