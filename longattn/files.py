@@ -1,10 +1,12 @@
-"""Files that are written whole or not at all, and a lock on the path that a command writes."""
+"""Files and folders that are written whole or not at all, and a lock on the path that a command writes."""
 
 from __future__ import annotations
 
 import errno
 import glob
 import os
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +14,9 @@ from pathlib import Path
 
 from longattn.errors import InvalidInput
 
-__all__ = ["locked", "remove_temporaries", "replaced", "write_text"]
+__all__ = ["locked", "new_folder", "remove_temporaries", "replaced", "temporary_folder", "write_text"]
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 @contextmanager
@@ -53,11 +57,55 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
-def remove_temporaries(path: Path) -> None:
-    """Remove the temporary files of `path` that killed processes left. Call it with the lock of `path` held."""
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder next to `path` that is removed when the block ends.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     path = Path(os.path.realpath(path))
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes `path` when the block ends; if the block raises, nothing is left.
+
+    Args:
+        path: the folder to write; there is none, or an empty one.
+
+    Raises:
+        OSError: the folder cannot be written, or `path` has contents.
+    """
+    with temporary_folder(path) as temporary:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+        os.replace(temporary, os.path.realpath(path))
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove the temporary files of `path`, and those in it, that killed processes left.
+
+    Call it with the lock of `path` held.
+    """
+    path = Path(os.path.realpath(path))
+    left = [file for file in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if _TEMPORARY.fullmatch(file.name)]
+    if path.is_dir():
+        left += [file for file in path.iterdir() if _TEMPORARY.fullmatch(file.name)]
+    for file in left:
+        if file.is_dir():
+            shutil.rmtree(file, ignore_errors=True)
+        else:
+            file.unlink(missing_ok=True)
 
 
 @contextmanager

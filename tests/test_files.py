@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from longattn.errors import InvalidInput
-from longattn.files import locked, remove_temporaries, replaced, write_text
+from longattn.files import locked, new_folder, remove_temporaries, replaced, write_text
 
 
 def test_a_failed_write_leaves_the_older_file(tmp_path: Path) -> None:
@@ -76,3 +76,23 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     with locked(path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "a" / "m") as temporary:
+        (temporary / "weights").touch()
+        raise RuntimeError
+    assert list((tmp_path / "a").iterdir()) == []
+    with new_folder(tmp_path / "a" / "m") as temporary:
+        (temporary / "weights").write_text("x")
+    assert [str(path.relative_to(tmp_path)) for path in (tmp_path / "a").rglob("*")] == ["a/m", "a/m/weights"]
+
+
+def test_temporary_folders_and_files_in_a_folder_are_removed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / ".out.7.tmp").mkdir()
+    out.mkdir()
+    for name in (".results.json.7.tmp", "results.json", ".notes.tmp"):
+        (out / name).touch()
+    remove_temporaries(out)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".notes.tmp", "out", "results.json"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from longattn.bench.cases import Case
 from longattn.bench.report import Report, Result
+from longattn.files import replaced
 
 _COLUMNS = 4
 _LEAST_MEMORY = 1e5  # bytes: what is less is drawn here, as a logarithmic axis has no zero
@@ -56,7 +57,8 @@ def _plot_set(report: Report, name: str, cases: list[Case], path: Path) -> Path:
     figure.suptitle(f"{name}: {machine.device}, threads: {machine.threads}, torch {machine.versions['torch']}")
     lines = [Line2D([], [], label=contender, **style) for contender, style in styles.items()]
     figure.legend(handles=lines, loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
-    figure.savefig(path, dpi=110)
+    with replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     return path
 
 

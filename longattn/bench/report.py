@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 from longattn.bench.cases import Case, from_dict
 from longattn.bench.contenders import Role
 from longattn.bench.machine import Machine
+from longattn.errors import InvalidInput
+from longattn.files import write_text
 
 # max |a - b| / max |b| up to which two contenders agree. Generous: it shall find a wrong mask, not judge rounding.
 _AGREEMENT = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
@@ -116,14 +119,26 @@ class Report:
         return {"machine": self.machine.to_dict(), "results": [self._result_to_dict(result) for result in self.results]}
 
     def write(self, path: Path) -> None:
-        """As JSON."""
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Write it as JSON, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written, for example on a full disk.
+        """
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """The report that `write` wrote."""
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(Machine.from_dict(values["machine"]), tuple(map(_result_from_dict, values["results"])))
+        """Read the report that `write` wrote.
+
+        Raises:
+            InvalidInput: another or a damaged file.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(Machine.from_dict(values["machine"]), tuple(map(_result_from_dict, values["results"])))
+        except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            got = f"{path}: {type(error).__name__}: {error}"
+            raise InvalidInput("report", "a complete file of `longattn bench`", got) from error
 
     def _result_to_dict(self, result: Result) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -148,12 +163,23 @@ class Report:
 
 
 def _result_from_dict(values: dict[str, Any]) -> Result:
+    seconds, memory, difference = tuple(values["seconds"]), values["memory_bytes"], values["difference"]
+    if not all(type(second) in (int, float) and 0.0 < second < math.inf for second in seconds):
+        raise ValueError("seconds that are not above 0")
+    for name, value in (("memory_bytes", memory), ("difference", difference)):
+        if value is not None and type(value) not in (int, float):
+            raise ValueError(f"{name} that is not a number")
+    if values["role"] not in get_args(Role):
+        raise ValueError(f"role {values['role']!r}")
+    for name in ("contender", "refused"):
+        if not isinstance(values[name], str) and (name, values[name]) != ("refused", None):
+            raise ValueError(f"{name} that is not text")
     return Result(
         case=from_dict(values["case"]),
         contender=values["contender"],
         role=values["role"],
-        seconds=tuple(values["seconds"]),
-        memory=values["memory_bytes"],
-        difference=values["difference"],
+        seconds=seconds,
+        memory=memory,
+        difference=difference,
         refused=values["refused"],
     )

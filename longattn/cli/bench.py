@@ -18,6 +18,7 @@ from rich.table import Table
 
 from longattn.bench import DTYPES, SETS, Case, Report, Result, make_cases, plot, run
 from longattn.cli.output import echo, make_console
+from longattn.cli.writing import writes_folder
 
 __all__ = ["bench", "duration", "run_with_progress", "show", "size"]
 
@@ -70,19 +71,18 @@ def bench(
         raise click.BadParameter("torch sees no GPU", param_hint="--device")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cases = make_cases(sets or SETS, dtypes, device, quick)
-    report = run_with_progress(
-        cases,
-        rounds=repeats,
-        threads=threads,
-        takes_part=lambda case, contender: not (quick and contender.compiled),
-        memory=lambda case: memory,
-    )
-
-    out.mkdir(parents=True, exist_ok=True)
-    report.write(out / "bench.json")
-    written = [out / "bench.json"]
-    if importlib.util.find_spec("matplotlib") is not None:
-        written += plot(report, out)
+    with writes_folder(out):
+        report = run_with_progress(
+            cases,
+            rounds=repeats,
+            threads=threads,
+            takes_part=lambda case, contender: not (quick and contender.compiled),
+            memory=lambda case: memory,
+        )
+        report.write(out / "bench.json")
+        written = [out / "bench.json"]
+        if importlib.util.find_spec("matplotlib") is not None:
+            written += plot(report, out)
     if as_json:
         echo(json.dumps(report.to_dict(), indent=1))
         return

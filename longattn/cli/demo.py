@@ -19,7 +19,9 @@ from longattn._version import __version__
 from longattn.cli import demo_report as report
 from longattn.cli.demo_report import AttentionRow, Reading
 from longattn.cli.output import make_console
+from longattn.cli.writing import writes_folder
 from longattn.evaluation import ATTENTION_CALLS, CouldNotRun, attention_cost, loss_by_position, loss_in_short_windows
+from longattn.files import write_text
 from longattn.models import Decoder, TransformerConfig, matmul_dtype
 from longattn.scaling import YaRN
 from longattn.training import ByteCorpus, RandomWindows, TrainingConfig, split_files, stdlib_files
@@ -77,7 +79,8 @@ def demo(out: Path, quick: bool) -> None:
     Takes about four minutes on two cores. Every figure is measured in this run.
     """
     console = make_console()
-    run(QUICK if quick else Plan(), out, console)
+    with writes_folder(out):
+        run(QUICK if quick else Plan(), out, console)
 
 
 def run(plan: Plan, out: Path, console: Console) -> None:
@@ -120,7 +123,7 @@ def run(plan: Plan, out: Path, console: Console) -> None:
         "seconds": seconds,
     }
     figures = out / "results.json"
-    figures.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_text(figures, json.dumps(results, indent=2) + "\n")
     console.print(f"All figures: {figures}\n{seconds:.0f} s in all.", soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from longattn.evaluation import Cost, LossByPosition
+from longattn.files import replaced
 from longattn.training import TrainingResult
 
 _POINTS_PER_CONTEXT = 4  # of the plot, within the trained length
@@ -118,4 +119,5 @@ def plot_readings(readings: Sequence[Reading], context: int, path: Path) -> None
     axes.set_xticks(range(0, length + 1, context))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from longattn.cli.output import drawable, plain
 from longattn.evaluation import RULER_TASKS, Results, summary
+from longattn.files import replaced
 
 __all__ = ["draw", "markdown", "percent", "table", "tokens_name"]
 
@@ -20,7 +22,7 @@ def markdown(results: Results) -> str:
     methods = ", ".join(_name(method) for method in settings["methods"]) or "none"
     machine = settings["machine"]
     lines = [
-        f"# {settings['model']}",
+        f"# {plain(settings['model'])}",
         "",
         f"Trained length {settings['trained']:,} tokens; methods beside the model's own: {methods}; "
         f"{settings['dtype']}; {machine['threads']} threads, {machine['device']}, torch {machine['torch']}, "
@@ -89,7 +91,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
             figure = Figure(figsize=(8, 5), layout="constrained")
             FigureCanvasAgg(figure)
             painter(figure, measured, results.settings)
-            figure.savefig(folder / name, dpi=120)
+            with replaced(folder / name) as temporary:
+                figure.savefig(temporary, format="png", dpi=120)
             drawn.append(folder / name)
     return drawn
 
@@ -168,7 +171,7 @@ def _draw_cost(figure: Any, rows: list[dict[str, Any]], settings: dict[str, Any]
 
 def _title(settings: dict[str, Any]) -> str:
     methods = ", ".join(_name(method) for method in settings["methods"])
-    return Path(settings["model"]).name + (f", {methods}" if methods else "")
+    return drawable(Path(settings["model"]).name + (f", {methods}" if methods else ""))
 
 
 def _name(method: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longattn.arguments import DTYPES
+from longattn.cli.device import Device
 from longattn.cli.output import echo
 from longattn.errors import InvalidInput
 from longattn.functional import explain as explain_call
@@ -44,7 +45,7 @@ class _Ints(click.ParamType[tuple[int, ...]]):
 @click.option("--keys", type=int, help="Nk, keys; as many as queries by default.")
 @click.option("--v-dim", type=int, help="Dv, the width of a value; D by default.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), default="float32", help="Of q, k and v.")
-@click.option("--device", default="cpu", help="As PyTorch names it, such as cuda.")
+@click.option("--device", type=Device(computes=False), default="cpu", help="As PyTorch names it, such as cuda.")
 @click.option("--packed", type=_Ints(), help="Lengths of packed sequences; they replace B and Nq of --q.")
 @click.option("--causal", is_flag=True, help="No key to the right of its query.")
 @click.option("--window", type=_Ints(1, 2), help="W, or LEFT,RIGHT with -1 for unbounded.")
@@ -102,7 +103,7 @@ def explain(
     for name, size in sizes.items():
         if size < 0:
             raise InvalidInput(name, "numbers >= 0", size)
-    where = _device(device)
+    where = torch.device(device)
 
     def one_entry(*size: int, dtype: torch.dtype, requires_grad: bool = False) -> Tensor:
         """A tensor of any size in the memory of its last dimension."""
@@ -142,15 +143,6 @@ def explain(
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     longest = max(packed)
     echo(explain_call(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **keywords))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a build of PyTorch without that device asserts
-        raise InvalidInput("--device", "a device that PyTorch has here", name) from error
-    return device
 
 
 def _int(name: str, value: str) -> int:

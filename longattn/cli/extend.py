@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -15,12 +16,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from longattn.cli.card import card_path, check_card, tokenizer_json
+from longattn.cli.device import Device
 from longattn.cli.eval import read_text
 from longattn.cli.language_model import LanguageModel, load_language_model, trained_length
 from longattn.cli.methods import chosen_methods, method_options
+from longattn.cli.output import make_console
+from longattn.cli.train import open_tokens
+from longattn.cli.writing import check_installed, claimed
 from longattn.errors import InvalidInput
 from longattn.evaluation import make_reader, search_longrope
 from longattn.extension import Method
+from longattn.files import new_folder, write_text
 from longattn.integrations import extend as extend_model
 from longattn.integrations import huggingface
 from longattn.models import Decoder
@@ -32,16 +39,17 @@ from longattn.training import (
     Lora,
     PackedDocuments,
     SkippedPositions,
-    TokenFile,
     TrainingConfig,
-    find_files,
     save_checkpoint,
-    write_token_file,
 )
 from longattn.training import train as run_training
 from longattn.training.loop import PRECISIONS
+from longattn.training.text_files import TextFiles, check_same_texts, find_texts, outputs
+from longattn.training.text_files import read_text as read_file
 
 __all__ = ["extend"]
+
+_SAMPLED = 256  # numbers of each weight that identify a model
 
 
 @click.command(context_settings={"show_default": True})
@@ -68,7 +76,7 @@ __all__ = ["extend"]
 @click.option("--precision", type=click.Choice(PRECISIONS), default="auto", help="Of the matrix products.")
 @click.option("--save-every", default=50, help="Steps between checkpoints of the fine-tune.")
 @click.option("--resume", is_flag=True, help="Go on with a fine-tune that was interrupted; all else as it was started.")
-@click.option("--device", default="cpu", help="Where to train.")
+@click.option("--device", type=Device(), default="cpu", help="Where to train.")
 @click.option("--seed", default=0, help="Of the batches and the search.")
 @method_options
 def extend(
@@ -102,11 +110,28 @@ def extend(
     MODEL is a checkpoint of `longattn train`, a folder of a Hugging Face model with its tokenizer, or a folder with a
     GGUF file. What is written is of the same kind; of a GGUF file, a folder of a Hugging Face model.
     """
-    console = Console(highlight=False, markup=False)
-    if out.exists():
+    console = make_console()
+    if out.exists() or out.is_symlink():
         raise InvalidInput("--out", "a new file or folder", out)
     if not options["methods"]:
         raise InvalidInput("--method", "at least one", "none")
+    if resume and not texts:
+        raise InvalidInput("--resume", "a fine-tune, by --text", "none")
+    config = TrainingConfig(
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        precision=precision,
+        save_every=save_every,
+        recompute=recompute,
+    )
+    adapters = None
+    if lora is not None:
+        check_installed(["peft"], "lora", "--lora")
+        adapters = Lora(rank=lora, alpha=2 * lora, embeddings=lora_embeddings)
+    found = find_texts(texts, name_pattern, out=out, argument="--text") if texts else None
+    if found is not None and (warning := found.warning()) is not None:
+        make_console(error=True).print(f"Warning: {warning}", soft_wrap=True)
     loaded = load_language_model(model, gguf=gguf, device=device, keep=True)
     before: Any = loaded.model
     if search is not None:
@@ -116,30 +141,44 @@ def extend(
     methods = [*searched, *chosen_methods(before, **options)]
     extended: Any = reduce(extend_model, methods, before)
 
-    if texts:
-        if not isinstance(extended, Decoder):
-            raise InvalidInput("--text", "none for a model that longattn.models cannot say", type(before).__name__)
-        trained = trained_length(before) if options["trained"] is None else options["trained"]
-        reach = context or int((options["factor"] or 1.0) * trained)
-        training = out.with_name(out.name + ".training")
-        file = _tokens(training.with_suffix(".tokens"), texts, name_pattern, loaded, extended.config.vocab_size)
-        batches: Batches = PackedDocuments(file, tokens=tokens or reach, longest=reach, seed=seed)
-        if pose:
-            batches = SkippedPositions(file, batch_size=batch_size, length=trained, target=reach, seed=seed)
-        config = TrainingConfig(
-            steps=steps,
-            learning_rate=learning_rate,
-            warmup=warmup,
-            precision=precision,
-            save_every=save_every,
-            recompute=recompute,
-        )
-        adapters = None if lora is None else Lora(rank=lora, alpha=2 * lora, embeddings=lora_embeddings)
-        _fine_tune(extended, batches, config, adapters, training, resume, seed, console)
-    elif resume:
-        raise InvalidInput("--resume", "a fine-tune, by --text", "none")
-    _write(out, loaded, extended, methods, trained=bool(texts))
-    console.print(f"{', '.join(str(method) for method in methods)}; saved to {out}", soft_wrap=True)
+    _, card, tokens_file, ends, training, proof = outputs(out)
+    checkpoint = out if found is None else training
+    with claimed(out, resume, console, checkpoint=checkpoint, beside=[card, tokens_file, ends, proof]):
+        if out.exists():  # another command wrote it since
+            raise InvalidInput("--out", "a new file or folder", out)
+        if loaded.card is not None:
+            check_card(out, loaded.card, resume=False)
+        elif loaded.tokenizer is None and card.exists():
+            raise InvalidInput("--out", f"no other file at {card}", "one")
+        if found is not None:
+            if not isinstance(extended, Decoder):
+                got = type(before).__name__
+                raise InvalidInput("--text", "none for a model that longattn.models cannot say", got)
+            trained = trained_length(before) if options["trained"] is None else options["trained"]
+            reach = context or int((options["factor"] or 1.0) * trained)
+            origin = _origin(loaded, found)
+            _check_origin(proof, origin, resume)
+            with ExitStack() as opened:
+                file = open_tokens(
+                    opened,
+                    tokens_file,
+                    map(read_file, found.files),
+                    lambda text: [*loaded.prefix, *loaded.encode(text)],
+                    extended.config.vocab_size,
+                    hashlib.sha256(json.dumps([list(origin["texts"].values()), origin["tokenizer"]]).encode()).digest(),
+                    resume,
+                )
+                batches: Batches = PackedDocuments(file, tokens=tokens or reach, longest=reach, seed=seed)
+                if pose:
+                    batches = SkippedPositions(file, batch_size=batch_size, length=trained, target=reach, seed=seed)
+                if not resume:
+                    write_text(proof, json.dumps(origin))
+                _fine_tune(extended, batches, config, adapters, training, resume, seed, console)
+        _write(out, loaded, extended, methods, trained=found is not None)
+        console.print(f"{', '.join(str(method) for method in methods)}; saved to {out}", soft_wrap=True)
+        if found is not None:
+            for left in (training, tokens_file, ends, proof):
+                left.unlink(missing_ok=True)
 
 
 def _searched(
@@ -153,7 +192,7 @@ def _searched(
         raise InvalidInput("--factor", "a number above 1, to search for", factor)
     trained = trained_length(loaded.model) if options["trained"] is None else options["trained"]
     length = int(factor * trained)
-    text = read_text([path], loaded, length + 1)
+    text = read_text([path], loaded, length + 1, argument="--search")
     if len(text) < length + 1:
         raise InvalidInput("--search", f"a text of at least {length + 1:,} tokens", f"{len(text):,} tokens in {path}")
     model: Any = loaded.model
@@ -164,7 +203,7 @@ def _searched(
     else:
         rope = replace(Rope.from_hf(model.config.get_text_config()), scaling=None)
     columns = (TextColumn("searching"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+    with Progress(*columns, TimeElapsedColumn(), console=make_console(error=True)) as progress:
         bar = progress.add_task("searching", total=population * (generations + 1), loss=float("nan"))
 
         def loss(candidate: LongRoPE) -> float:
@@ -184,17 +223,46 @@ def _searched(
     return tuple(name for name in options["methods"] if name != "longrope"), [found]
 
 
-def _tokens(path: Path, texts: Sequence[Path], name_pattern: str, loaded: LanguageModel, vocab_size: int) -> TokenFile:
-    """The documents of the texts, encoded once."""
-    if path.is_file():
-        return TokenFile(path)
+def _origin(loaded: LanguageModel, texts: TextFiles) -> dict[str, Any]:
+    """What a fine-tune starts from, in plain values: its texts, its tokenizer, and its weights by a sample of each."""
+    if loaded.tokenizer is None:
+        tokenizer = tokenizer_json(None if loaded.card is None else loaded.card.tokenizer)
+    else:
+        backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
+        tokenizer = sorted(loaded.tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    weights = hashlib.sha256()
+    for name, weight in loaded.model.named_parameters():
+        sample = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLED)].float().cpu()
+        weights.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+    return {
+        "texts": texts.fingerprints(),
+        "tokenizer": hashlib.sha256(json.dumps([tokenizer, loaded.prefix]).encode()).hexdigest(),
+        "model": weights.hexdigest(),
+    }
 
-    def documents() -> Iterator[str]:
-        for file in find_files(texts, name_pattern):
-            yield file.read_text(encoding="utf-8", errors="replace")
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_token_file(path, documents(), lambda text: [*loaded.prefix, *loaded.encode(text)], vocab_size)
+def _check_origin(proof: Path, origin: dict[str, Any], resume: bool) -> None:
+    """Compare what a fine-tune starts from with what the one to resume started from.
+
+    Raises:
+        InvalidInput: other texts, another tokenizer or model; the file is damaged or another one.
+    """
+    if not proof.exists():  # version 0.1.0 wrote none
+        return
+    try:
+        before = json.loads(proof.read_text(encoding="utf-8"))
+        texts = dict(before["texts"])
+        kinds = {type(value) for value in (*texts.values(), before["tokenizer"], before["model"])}
+        if kinds != {str}:
+            raise TypeError(f"values of {', '.join(sorted(kind.__name__ for kind in kinds))}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InvalidInput("--out", f"no other or damaged file at {proof}", error) from error
+    if not resume:
+        return
+    check_same_texts("--resume", texts, origin["texts"])
+    for name, what in (("tokenizer", "tokenizer"), ("model", "weights")):
+        if before[name] != origin[name]:
+            raise InvalidInput("--resume: MODEL", f"the {what} that it was started with", "others")
 
 
 def _fine_tune(
@@ -207,26 +275,17 @@ def _fine_tune(
     seed: int,
     console: Console,
 ) -> None:
-    """Train in place; what an interrupt leaves is in `checkpoint`, which goes when all is done."""
-    if checkpoint.exists() != resume:
-        expected = "a fine-tune to resume" if resume else "no fine-tune that was begun, or --resume"
-        raise InvalidInput("--resume", expected, checkpoint)
+    """Train in place; what an interrupt leaves is in `checkpoint`."""
     torch.manual_seed(seed)
     merge = None if adapters is None else adapters.attach(model)
     counted = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     console.print(f"{counted:,} weights train")
-    try:
-        result = run_training(model, batches, config, checkpoint=checkpoint, resume=resume, description="fine-tuning")
-    except KeyboardInterrupt:
-        console.print("Interrupted. Go on with --resume.")
-        sys.exit(130)
+    result = run_training(model, batches, config, checkpoint=checkpoint, resume=resume, description="fine-tuning")
     if merge is not None:
         merge()
     if result.losses:
         took = f"{result.step} steps, {result.tokens:,} tokens, {result.seconds:.0f} s"
         console.print(f"{took}; loss {result.losses[-1]:.4f}")
-    for left in (checkpoint, checkpoint.with_suffix(".tokens"), checkpoint.with_suffix(".tokens.ends")):
-        left.unlink(missing_ok=True)
 
 
 def _write(
@@ -234,16 +293,18 @@ def _write(
 ) -> None:
     """The model as it came: a checkpoint with its card, or a folder of a Hugging Face model with its tokenizer."""
     if loaded.tokenizer is None:
-        save_checkpoint(out, Checkpoint(extended.config, extended.state_dict()))
         if loaded.card is not None:
-            loaded.card.write(out)
+            replace(loaded.card, texts=None).write(out)
+        try:
+            save_checkpoint(out, Checkpoint(extended.config, extended.state_dict()))
+        except BaseException:
+            card_path(out).unlink(missing_ok=True)
+            raise
         return
     theirs: Any = reduce(extend_model, methods, loaded.theirs) if isinstance(extended, Decoder) else extended
     if trained:
         assert isinstance(extended, Decoder)
         huggingface.load_into(theirs, extended.cpu())
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    theirs.save_pretrained(partial)
-    loaded.tokenizer.save_pretrained(partial)
-    partial.rename(out)
+    with new_folder(out) as folder:
+        theirs.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from longattn.cli.card import Card, open_tokenizer, read_card
+from longattn.cli.card import Card, card_path, check_card, open_tokenizer, read_card
+from longattn.cli.output import make_console
+from longattn.cli.writing import check_installed, check_out, claimed
 from longattn.errors import InvalidInput
 from longattn.evaluation import accuracy, bleu, f1, retrieval_accuracy
 from longattn.models import EncoderDecoder, GenerationConfig, TransformerConfig, autocast, beam_search, matmul_dtype
@@ -31,17 +31,20 @@ from longattn.training import (
     Translations,
 )
 from longattn.training import train as run_training
+from longattn.training.data import held_out_sides
 from longattn.training.loop import PRECISIONS
+from longattn.training.text_files import outputs, read_json_lines
 
 __all__ = ["fine_tune", "framed", "translated", "word_tokens"]
 
-_FIELDS: dict[str, dict[str, type]] = {
-    "classify": {"text": str, "label": str},
+_FIELDS: dict[str, dict[str, Any]] = {
+    "classify": {"text": str, "label": (str, int)},
     "tag": {"tokens": list, "labels": list},
     "translate": {"source": str, "target": str},
     "embed": {"text": str, "other": str},
 }
 _STYLES = {"classify": "bert", "tag": "bert", "translate": "modern-transformer", "embed": "bert"}
+_MODULES = {"classify": ["sklearn"], "tag": ["sklearn"], "translate": ["sacrebleu"]}  # that evaluate a task
 _EVALUATED = 64  # examples at once
 _TRANSLATED = 200  # examples that are translated to be evaluated
 _BEAMS = 4
@@ -98,10 +101,25 @@ def fine_tune(
     translate  {"source": ..., "target": ...}
     embed      {"text": ..., "other": ...}: two texts that belong together
     """
-    console = Console(highlight=False, markup=False)
-    if out.exists() != resume:
-        expected = "a checkpoint to resume from" if resume else "a new file, or --resume beside it"
-        raise InvalidInput("--out", expected, out)
+    console = make_console()
+    check_out(out, resume)
+    if not 0.0 <= held_out < 1.0:
+        raise InvalidInput("--held-out", "a number in [0, 1)", held_out)
+    if isinstance(context, bool) or context < 1:
+        raise InvalidInput("--context", "an int >= 1", context)
+    config = TrainingConfig(
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup=min(50, steps // 4),
+        weight_decay=0.01,
+        precision=precision,
+        save_every=save_every,
+    )
+    if held_out and task in _MODULES:
+        check_installed(_MODULES[task], "metrics", f"--held-out of {task}")
+    for path in (examples, start):
+        if path is not None and path.resolve() in {one.resolve() for one in outputs(out)}:
+            raise InvalidInput("--out", "a path other than those that the command reads", out)
     begun = None if start is None else read_card(start)
     if start is not None and begun is None:
         raise InvalidInput("--start", "a checkpoint of `longattn train`, with the .json beside it", start)
@@ -124,29 +142,20 @@ def fine_tune(
     if model.config.positions == "learned" and context + 2 > model.config.max_length:
         context = model.config.max_length - 2
     make = _batches(task, tokenizer, labels, context, batch_size, seed)
-    config = TrainingConfig(
-        steps=steps,
-        learning_rate=learning_rate,
-        warmup=min(50, steps // 4),
-        weight_decay=0.01,
-        precision=precision,
-        save_every=save_every,
-    )
     console.print(f"{len(for_training)} examples, {len(for_evaluation)} held out")
-    batches = make(for_training)
-    card.write(out)
-    try:
+    batches, held_out_batches = make(for_training), make(for_evaluation) if for_evaluation else None
+    with claimed(out, resume, console, checkpoint=out, beside=[card_path(out)]):
+        check_card(out, card, resume)
+        if not resume:
+            card.write(out)
         result = run_training(model, batches, config, checkpoint=out, resume=resume)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; saved to {out}: the same command with --resume goes on", soft_wrap=True)
-        sys.exit(130)
-    console.print(f"{result.step} steps, {result.seconds:.0f} s; saved to {out}", soft_wrap=True)
-    if for_evaluation:
-        if task == "translate":
-            figures = _evaluate_translations(model, tokenizer, for_evaluation[:_TRANSLATED], context)
-        else:
-            figures = _evaluate(task, model, make(for_evaluation))
-        console.print(f"held out: {figures}")
+        console.print(f"{result.step} steps, {result.seconds:.0f} s; saved to {out}", soft_wrap=True)
+        if held_out_batches is not None:
+            if task == "translate":
+                figures = _evaluate_translations(model, tokenizer, for_evaluation[:_TRANSLATED], context)
+            else:
+                figures = _evaluate(task, model, held_out_batches)
+            console.print(f"held out: {figures}")
 
 
 def read_examples(task: str, path: Path) -> list[dict[str, Any]]:
@@ -157,25 +166,26 @@ def read_examples(task: str, path: Path) -> list[dict[str, Any]]:
     """
     fields = _FIELDS[task]
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            example = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InvalidInput(f"{path.name}, line {number}", "a JSON object", str(error)) from error
-        fits = isinstance(example, dict) and all(isinstance(example.get(key), kind) for key, kind in fields.items())
-        if not fits or not all(example[key] for key in fields):
-            raise InvalidInput(
-                f"{path.name}, line {number}", f"an object with {', '.join(fields)}, not empty", line[:80]
-            )
+    for number, line, example in read_json_lines(path):
+        where = f"{path.name}, line {number}"
+        if not isinstance(example, dict) or not all(_fits(example.get(key), kind) for key, kind in fields.items()):
+            raise InvalidInput(where, f"an object with {', '.join(fields)}, not empty", line[:80])
+        if task == "tag" and not all(isinstance(word, str) for word in example["tokens"]):
+            raise InvalidInput(where, "tokens that are strings", line[:80])
+        if task == "tag" and any(isinstance(label, (list, dict)) for label in example["labels"]):
+            raise InvalidInput(where, "labels that are strings or numbers", line[:80])
         if task == "tag" and len(example["tokens"]) != len(example["labels"]):
             got = f"{len(example['labels'])} for {len(example['tokens'])}"
-            raise InvalidInput(f"{path.name}, line {number}", "as many labels as tokens", got)
+            raise InvalidInput(where, "as many labels as tokens", got)
         found.append(example)
     if not found:
         raise InvalidInput(path.name, "at least one example", "an empty file")
     return found
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a field of an example has a value of its kind that is not empty."""
+    return isinstance(value, kind) and not isinstance(value, bool) and value not in ("", [])
 
 
 def framed(tokenizer: TextTokenizer, text: str, context: int) -> list[int]:
@@ -210,21 +220,18 @@ def translated(model: EncoderDecoder, tokenizer: TextTokenizer, texts: Sequence[
 
 
 def _split(examples: list[dict[str, Any]], held_out: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(for training, held out). An example's side hangs on what it says alone, so that its copies are on one side."""
-    if not 0.0 <= held_out < 1.0:
-        raise InvalidInput("--held-out", "a number in [0, 1)", held_out)
-    sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    for example in examples:
-        digest = hashlib.sha256(json.dumps(example, sort_keys=True).encode()).digest()
-        sides[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(example)
-    if not sides[0] or (held_out and not sides[1]):
-        raise InvalidInput("EXAMPLES", "enough of them for both sides of the split", len(examples))
-    return sides
+    """(for training, held out). An example's side depends on what it says alone: its copies are on one side."""
+    if not held_out:
+        return examples, []
+    digests = (hashlib.sha256(json.dumps(example, sort_keys=True).encode()).digest() for example in examples)
+    is_held_out = held_out_sides(digests, held_out, "examples", "--held-out")
+    pairs = list(zip(examples, is_held_out, strict=True))
+    return [example for example, held in pairs if not held], [example for example, held in pairs if held]
 
 
 def _labels(task: str, examples: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     if task == "classify":
-        names = {example["label"] for example in examples}
+        names = {str(example["label"]) for example in examples}
     elif task == "tag":
         names = {str(label) for example in examples for label in example["labels"]}
     else:
@@ -260,7 +267,7 @@ def _batches(
     def make(examples: Sequence[dict[str, Any]]) -> Any:
         if task == "classify":
             return LabelledSequences(
-                [LabelledSequence(frame(one["text"]), number[one["label"]]) for one in examples], **shape
+                [LabelledSequence(frame(one["text"]), number[str(one["label"])]) for one in examples], **shape
             )
         if task == "tag":
             return TaggedSequences([tagged(one) for one in examples], **shape)

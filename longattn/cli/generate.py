@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
+from longattn.cli.device import Device
 from longattn.cli.language_model import load_language_model
 from longattn.cli.output import echo, make_console
 from longattn.errors import InvalidInput
@@ -65,7 +66,7 @@ class _Tokenizer(NamedTuple):
 )
 @click.option("--dtype", type=click.Choice(_DTYPES), default="float32", help="Of the weights.")
 @click.option("--cache-dtype", type=click.Choice([*_DTYPES, "int8"]), help="Of the caches; the weights' by default.")
-@click.option("--device", default="cpu", help="Where to run.")
+@click.option("--device", type=Device(), default="cpu", help="Where to run.")
 @click.option("--seed", default=0, help="Of what is drawn.")
 def generate(
     checkpoint: Path,
@@ -91,13 +92,16 @@ def generate(
 ) -> None:
     """Go on from PROMPTS with the model of CHECKPOINT.
 
+    A prompt `-` is read from standard input, and so is the only one where none is given and standard input is not a
+    terminal.
+
     CHECKPOINT is a file that `longattn train` saved, or a folder of a Llama-style model with its tokenizer, as
     safetensors or GGUF (needs transformers). One text on a terminal is shown as it comes, and several, or into a file,
     when all is done.
     """
-    texts = [*prompts, *(file.read_text(encoding="utf-8") for file in files)]
-    if not texts:
-        raise InvalidInput("PROMPTS", "at least one text, or --file", "none")
+    texts = _texts(prompts, files)
+    for string in stop:
+        _check_text("--stop", string)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
     if beams != 1 and draft is not None:
         raise InvalidInput("--draft", "none with --beams", draft)
@@ -140,6 +144,43 @@ def generate(
     console.print(line.summary(), soft_wrap=True)
     if line.interrupted:
         sys.exit(130)
+
+
+def _texts(prompts: Sequence[str], files: Sequence[Path]) -> list[str]:
+    """The prompts, `-` replaced by standard input, and those of the files."""
+    reads_input = not prompts and not files and not (sys.stdin is None or sys.stdin.isatty())
+    asked = ["-"] if reads_input else list(prompts)
+    if asked.count("-") > 1:
+        raise InvalidInput("PROMPTS", "standard input (-) once", f"{asked.count('-')} times")
+    texts = []
+    for text in asked:
+        if text == "-":
+            text = _decoded("standard input", sys.stdin.buffer.read())
+            if not text and reads_input:
+                raise InvalidInput("PROMPTS", "at least one text, --file, or a text on standard input", "none")
+        _check_text("PROMPTS", text)
+        texts.append(text)
+    texts += [_decoded(str(file), file.read_bytes()) for file in files]
+    if not texts:
+        raise InvalidInput("PROMPTS", "at least one text, --file, or a text on standard input", "none")
+    return texts
+
+
+def _decoded(name: str, data: bytes) -> str:
+    """The text of a file, in UTF-8; any line end becomes a newline."""
+    try:
+        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        got = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        raise InvalidInput(name, "a text in UTF-8", got) from error
+
+
+def _check_text(name: str, text: str) -> None:
+    """Refuse an argument whose bytes are not text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidInput(name, "a text in UTF-8", repr(text)) from error
 
 
 def _load(checkpoint: Path, dtype: str, device: str) -> tuple[Decoder, _Tokenizer]:

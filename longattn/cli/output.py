@@ -17,7 +17,7 @@ from longattn.errors import InvalidInput, Unsupported
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Failure", "echo", "make_console", "message", "plain", "safe_streams"]
+__all__ = ["Failure", "drawable", "echo", "make_console", "message", "plain", "safe_streams"]
 
 _ERRORS = "longattn.plain"  # the name of the error handler below
 _LONGEST = 1000  # characters of an error
@@ -67,6 +67,11 @@ def echo(text: object = "", *, newline: bool = True, error: bool = False) -> Non
 def plain(text: object) -> str:
     """Return a text that can be encoded: bytes of a file's name that are not UTF-8 as \\xNN."""
     return str(text).encode("utf-8", _ERRORS).decode("utf-8")
+
+
+def drawable(text: object) -> str:
+    """Return a text that matplotlib draws as it is: plain, and without what it would read as a formula."""
+    return plain(text).replace("$", r"\$")
 
 
 @contextmanager

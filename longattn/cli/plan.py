@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import click
 from rich.table import Table
 
-from longattn.cli.output import echo, make_console
+from longattn.cli.output import drawable, echo, make_console, message
 from longattn.errors import InvalidInput
 from longattn.evaluation.plan import MACHINES, MODELS, Estimate, can_run
 from longattn.evaluation.plan import plan as estimate
+from longattn.files import replaced
 from longattn.models import TransformerConfig
 
 __all__ = ["plan"]
@@ -23,7 +25,9 @@ _SCHEDULES = ("ring", "halo", "ulysses")
 @click.command(context_settings={"show_default": True})
 @click.option("--model", default="llama-8b", help=f"{', '.join(MODELS)}, or a JSON file of a TransformerConfig.")
 @click.option("--tokens", default="1M", help="Of the sequence, such as 500K or 15M; several with commas between them.")
-@click.option("--gpus", default="8", help="How many; several with commas between them, or 1..1024 for powers of two.")
+@click.option(
+    "--gpus", default="8", help="How many, at most 2048; several with commas between them, or 1..1024: powers of two."
+)
 @click.option("--machine", type=click.Choice(list(MACHINES)), default="h100", help="Rates and memory.")
 @click.option(
     "--schedule",
@@ -38,6 +42,8 @@ def plan(model: str, tokens: str, gpus: str, machine: str, schedule: str, offloa
 
     A cost model, not a measurement: see docs/distributed.md for what it counts and how near it comes.
     """
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise InvalidInput("--plot", "matplotlib (pip install longattn[plot])", "it is not installed")
     config = MODELS[model] if model in MODELS else _from_file(model)
     found = [
         each
@@ -58,12 +64,13 @@ def plan(model: str, tokens: str, gpus: str, machine: str, schedule: str, offloa
             f"{each.sent / 1e9:,.1f} GB",
             "yes" if each.fits else "no",
         )
+    if plot is not None:
+        _draw(found, f"{model} on {machine}", plot)
     console = make_console()
     console.width = max(console.width, _WIDTH)
     console.print(table)
     if plot is not None:
-        _draw(found, f"{model} on {machine}", plot)
-        echo(str(plot))
+        echo(plot)
 
 
 def _estimates(
@@ -81,8 +88,9 @@ def _estimates(
 def _from_file(path: str) -> TransformerConfig:
     try:
         return TransformerConfig.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InvalidInput("--model", f"one of {', '.join(MODELS)}, or a JSON file of a config", path) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        expected = f"one of {', '.join(MODELS)}, or a JSON file of a config"
+        raise InvalidInput("--model", expected, f"{path}: {message(error)}") from error
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -95,7 +103,9 @@ def _numbers(name: str, text: str) -> list[int]:
             if powers:
                 return powers
         parts = [part.strip().upper() for part in text.split(",")]
-        return [int(float(part.rstrip("KM")) * units.get(part[-1:], 1)) for part in parts]
+        numbers = [round(float(part.rstrip("KM")) * units.get(part[-1:], 1), 3) for part in parts]
+        if all(number.is_integer() for number in numbers):
+            return [int(number) for number in numbers]
     except ValueError:
         pass
     raise InvalidInput(name, "numbers such as 8, 500K,1M or 1..1024", text)
@@ -134,8 +144,9 @@ def _draw(found: list[Estimate], title: str, path: Path) -> None:
             kept = [each for each in points if each.fits == fits]
             place = [each.gpus for each in kept], [each.seconds for each in kept]
             axes.plot(*place, "o", color=f"C{color}", markerfacecolor=face, linestyle="none")
-    axes.set(yscale="log", xlabel="GPUs", ylabel="seconds a step", title=title)
+    axes.set(yscale="log", xlabel="GPUs", ylabel="seconds a step", title=drawable(title))
     axes.set_xscale("log", base=2)
     axes.legend(title="filled: fits in memory")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -10,6 +10,7 @@ import torch
 
 from longattn.cli.card import Card, read_card
 from longattn.cli.fine_tune import framed, translated, word_tokens
+from longattn.cli.output import echo
 from longattn.errors import InvalidInput
 from longattn.training import TextTokenizer
 
@@ -33,6 +34,8 @@ def predict(checkpoint: Path, texts: tuple[str, ...], context: int) -> None:
     embed      the cosine of each text with the first
     masked     the likeliest tokens at each [MASK]
     """
+    if context < 1:
+        raise InvalidInput("--context", "an int >= 1", context)
     card = read_card(checkpoint)
     if card is None or card.tokenizer is None:
         raise InvalidInput("CHECKPOINT", "one of `longattn fine-tune`, with the .json beside it", checkpoint)
@@ -45,7 +48,7 @@ def predict(checkpoint: Path, texts: tuple[str, ...], context: int) -> None:
     if model.config.positions == "learned":
         context = min(context, model.config.max_length - 2)
     for line in _ANSWERS[card.purpose](model, card, card.tokenizer, texts, context):
-        click.echo(line)
+        echo(line)
 
 
 def _classify(model: Any, card: Card, tokenizer: TextTokenizer, texts: tuple[str, ...], context: int) -> list[str]:

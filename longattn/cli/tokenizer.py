@@ -6,8 +6,11 @@ from pathlib import Path
 
 import click
 
+from longattn.cli.output import echo
 from longattn.errors import InvalidInput
-from longattn.training import clean_documents, find_files, train_bpe, train_wordpiece
+from longattn.files import locked, remove_temporaries, write_text
+from longattn.training import clean_documents, train_bpe, train_wordpiece
+from longattn.training.text_files import find_texts, read_text
 from longattn.training.tokenizers import SPECIAL_TOKENS
 
 __all__ = ["tokenizer"]
@@ -26,13 +29,18 @@ def tokenizer(paths: tuple[Path, ...], out: Path, kind: str, vocab_size: int, na
     """Train a tokenizer on text files, or on all files below folders, for `longattn train --tokenizer`."""
     if out.exists():
         raise InvalidInput("--out", "a new file", out)
-    texts = (file.read_text(encoding="utf-8", errors="replace") for file in find_files(paths, name_pattern))
-    if clean:
-        texts = (text for text in clean_documents(texts))
-    if kind == "bpe":
-        trained = train_bpe(texts, vocab_size, special_tokens=("<|endoftext|>", *SPECIAL_TOKENS))
-    else:
-        trained = train_wordpiece(texts, vocab_size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    trained.save(str(out))
-    click.echo(f"{trained.get_vocab_size()} token ids; saved to {out}")
+    found = find_texts(paths, name_pattern, out=out)
+    if (warning := found.warning()) is not None:
+        echo(f"Warning: {warning}", error=True)
+    with locked(out):
+        if out.exists():  # another command wrote it since
+            raise InvalidInput("--out", "a new file", out)
+        remove_temporaries(out)
+        texts = map(read_text, found.files)
+        documents = clean_documents(texts) if clean else texts
+        if kind == "bpe":
+            trained = train_bpe(documents, vocab_size, special_tokens=("<|endoftext|>", *SPECIAL_TOKENS))
+        else:
+            trained = train_wordpiece(documents, vocab_size)
+        write_text(out, trained.to_str(pretty=True))
+    echo(f"{trained.get_vocab_size()} token ids; saved to {out}")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import torch
-from rich.console import Console
 
-from longattn.cli.card import Card, open_tokenizer
+from longattn.cli.card import Card, card_path, check_card, open_tokenizer, tokenizer_json
+from longattn.cli.output import make_console
+from longattn.cli.writing import check_out, claimed
 from longattn.errors import InvalidInput
 from longattn.evaluation import loss_by_position, mean_loss, perplexity
+from longattn.files import temporary_folder
 from longattn.models import STYLES, Distillation, TransformerConfig, matmul_dtype
 from longattn.training import (
     Batches,
@@ -24,17 +28,18 @@ from longattn.training import (
     PackedDocuments,
     RandomWindows,
     TextTokenizer,
+    TokenFile,
     TrainingConfig,
     clean_documents,
-    find_files,
     load_model,
     split_files,
     write_token_file,
 )
 from longattn.training import train as run_training
 from longattn.training.loop import PRECISIONS
+from longattn.training.text_files import TextFiles, find_texts, read_text
 
-__all__ = ["train"]
+__all__ = ["open_tokens", "train"]
 
 _HELD_OUT_WINDOWS = 64
 _STYLES = {"causal": "llama", "masked": "bert", "infilling": "modern-transformer", "spans": "modern-transformer"}
@@ -105,16 +110,18 @@ def train(
 ) -> None:
     """Train a model on text files, or on all files below folders: by default a decoder of bytes.
 
-    Ctrl-C saves; the same command with --resume goes on from there, to the same losses.
+    Below folders, binary files and what longattn itself wrote are left out, and counted. Texts are UTF-8 if a tokenizer
+    reads them; bytes may be in any encoding. Ctrl-C saves; the same command with --resume goes on from there, to the
+    same losses.
     """
-    console = Console(highlight=False, markup=False)
-    if out.exists() != resume:
-        expected = "a checkpoint to resume from" if resume else "a new file, or --resume beside it"
-        raise InvalidInput("--out", expected, out)
+    console = make_console()
+    check_out(out, resume)
     if next_sentence and objective != "masked":
         raise InvalidInput("--next-sentence", "left out, or --objective masked", objective)
     if teacher is not None and objective != "causal":
         raise InvalidInput("--teacher", "left out, or --objective causal", objective)
+    if not 0.0 <= held_out < 1.0:
+        raise InvalidInput("--held-out", "a number in [0, 1)", held_out)
     training_config = TrainingConfig(
         steps=steps,
         seconds=seconds,
@@ -134,27 +141,83 @@ def train(
         "sinks": sinks,
     }
     make_config = _Configs(style or _STYLES[objective], sizes)
-    files = find_files(paths, name_pattern)
-    if objective == "causal" and tokenizer_name == "bytes" and not clean:
-        data = _bytes(files, held_out, make_config, context, batch_size, seed)
-    else:
-        tokenizer = open_tokenizer(tokenizer_name)
-        documents = _encoded(files, out, tokenizer, clean, held_out)
-        data = _documents(objective, tokenizer, next_sentence, documents, make_config, context, batch_size, seed)
-    torch.manual_seed(seed)
-    model = data.card.make(data.config)
-    loss = None if teacher is None else Distillation(model, load_model(teacher))
-    weights = sum(weight.numel() for weight in model.parameters())
-    console.print(f"{weights:,} weights; {data.size}")
-    data.card.write(out)
-    try:
+    from_bytes = objective == "causal" and tokenizer_name == "bytes" and not clean
+    tokenizer = None if from_bytes else open_tokenizer(tokenizer_name)
+    make_config(256 if tokenizer is None else tokenizer.vocab_size)  # reports what is out of range
+    teacher_model = None if teacher is None else load_model(teacher)
+    inputs = [path for path in (None if from_bytes else Path(tokenizer_name), teacher) if path is not None]
+    texts = find_texts(paths, name_pattern, out=out, inputs=inputs)
+    fingerprints = texts.fingerprints()
+    if (warning := texts.warning()) is not None:
+        make_console(error=True).print(f"Warning: {warning}", soft_wrap=True)
+    card = Card(objective, tokenizer, next_sentence=next_sentence, texts=fingerprints)
+
+    tokens = out.with_name(out.name + ".tokens")
+    beside = [card_path(out), tokens, tokens.with_name(tokens.name + ".ends")]
+    with claimed(out, resume, console, checkpoint=out, beside=beside), ExitStack() as opened:
+        check_card(out, card, resume)
+        if tokenizer is None:
+            data = _bytes(list(texts.files), held_out, make_config, context, batch_size, seed)
+        else:
+            source = _source(fingerprints, tokenizer_json(tokenizer), clean)
+            encode, size = tokenizer.encode, tokenizer.vocab_size
+            file = open_tokens(opened, tokens, _documents(texts, clean), encode, size, source, resume)
+            sides = file.split(held_out) if held_out else (file, None)
+            data = _encoded(objective, tokenizer, next_sentence, sides, make_config, context, batch_size, seed)
+        torch.manual_seed(seed)
+        model = card.make(data.config)
+        loss = None if teacher_model is None else Distillation(model, teacher_model)
+        weights = sum(weight.numel() for weight in model.parameters())
+        console.print(f"{weights:,} weights; {data.size}")
+        if not resume:
+            card.write(out)
         result = run_training(model, data.batches, training_config, loss=loss, checkpoint=out, resume=resume)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; saved to {out}: the same command with --resume goes on", soft_wrap=True)
-        sys.exit(130)
-    console.print(f"{result.step} steps, {result.seconds:.0f} s; saved to {out}", soft_wrap=True)
-    if data.evaluate is not None:
-        console.print(data.evaluate(model))
+        console.print(f"{result.step} steps, {result.seconds:.0f} s; saved to {out}", soft_wrap=True)
+        if data.evaluate is not None:
+            console.print(data.evaluate(model))
+
+
+def open_tokens(
+    opened: ExitStack,
+    path: Path,
+    documents: Iterator[str],
+    encode: Callable[[str], list[int]],
+    vocab_size: int,
+    source: bytes,
+    resume: bool,
+) -> TokenFile:
+    """Return the documents encoded: the token file at `path` if it was made of the same, a new one otherwise.
+
+    Args:
+        opened: closed when the training ends.
+        path: of the token file.
+        documents, encode, vocab_size: as in `write_token_file`.
+        source: the SHA-256 of all that decides the tokens.
+        resume: leave the file at `path` as it is, and write a temporary one if it was made of something else.
+
+    Raises:
+        InvalidInput: the file at `path` is not a token file; as `write_token_file`.
+    """
+    if path.exists():
+        try:
+            found = TokenFile(path)
+        except InvalidInput as error:
+            raise InvalidInput("--out", f"no other file at {path}", error) from error
+        if found.source == source and found.vocab_size == vocab_size:
+            return found
+        if resume:
+            path = opened.enter_context(temporary_folder(path)) / path.name
+    return write_token_file(path, documents, encode, vocab_size, source=source)
+
+
+def _documents(texts: TextFiles, clean: bool) -> Iterator[str]:
+    decoded = map(read_text, texts.files)
+    return clean_documents(decoded) if clean else decoded
+
+
+def _source(fingerprints: dict[str, str], tokenizer: Any, clean: bool) -> bytes:
+    decides = [list(fingerprints.values()), tokenizer, clean]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).digest()
 
 
 class _Configs(NamedTuple):
@@ -171,7 +234,6 @@ class _Data(NamedTuple):
     """What is trained, on what; `evaluate` says how the model does on held-out text."""
 
     config: TransformerConfig
-    card: Card
     batches: Batches
     size: str
     evaluate: Callable[[Any], str] | None
@@ -185,28 +247,23 @@ def _bytes(
     for_training, for_evaluation = split_files(files, held_out) if held_out else (files, [])
     corpus = ByteCorpus(for_training)
     size = f"{len(corpus):,} bytes in {len(for_training)} files, {len(for_evaluation)} files held out"
+    batches = RandomWindows(corpus, batch_size=batch_size, length=context, seed=seed)
+    if not for_evaluation:
+        return _Data(config, batches, size, None)
+    longest = max(file.stat().st_size for file in for_evaluation)
+    if longest <= context:
+        got = f"{len(for_evaluation)} held-out files of at most {longest} bytes"
+        raise InvalidInput("--held-out", f"a held-out file of at least {context + 1} bytes for --context, or 0", got)
 
     def evaluate(model: Any) -> str:
         windows = ByteCorpus(for_evaluation).spread(_HELD_OUT_WINDOWS, context + 1)
         found = loss_by_position(model, windows, dtype=matmul_dtype("cpu")).bucket(0, context)
         return f"held-out loss {found.loss:.3f} ± {found.standard_error:.3f} nats per byte"
 
-    batches = RandomWindows(corpus, batch_size=batch_size, length=context, seed=seed)
-    return _Data(config, Card("causal"), batches, size, evaluate if for_evaluation else None)
+    return _Data(config, batches, size, evaluate)
 
 
 def _encoded(
-    files: list[Path], out: Path, tokenizer: TextTokenizer, clean: bool, held_out: float
-) -> tuple[Documents, Documents | None]:
-    """(training documents, held-out ones), in a token file beside the checkpoint."""
-    texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    place = out.with_name(out.name + ".tokens")
-    file = write_token_file(place, clean_documents(texts) if clean else texts, tokenizer.encode, tokenizer.vocab_size)
-    return file.split(held_out) if held_out else (file, None)
-
-
-def _documents(
     objective: str,
     tokenizer: TextTokenizer,
     next_sentence: bool,
@@ -250,12 +307,18 @@ def _documents(
     held_out_count = 0 if held_out is None else len(held_out)
     size = f"{int(for_training.lengths.sum()):,} tokens in {len(for_training)} documents, {held_out_count} held out"
 
+    batches = make(for_training, seed)
+    if held_out is None:
+        return _Data(config, batches, size, None)
+    try:
+        held_out_batches = make(held_out, seed + 1)
+    except InvalidInput as error:
+        raise InvalidInput(f"--held-out: {error.argument}", error.expected, error.got) from error
+
     def evaluate(model: Any) -> str:
-        assert held_out is not None
         count = max(1, _HELD_OUT_WINDOWS // batch_size)
-        loss = mean_loss(model, make(held_out, seed + 1), count, dtype=matmul_dtype("cpu"))
+        loss = mean_loss(model, held_out_batches, count, dtype=matmul_dtype("cpu"))
         pairs = ", of tokens and of pairs together" if next_sentence else f", perplexity {perplexity(loss):.2f}"
         return f"held-out loss {loss:.3f} nats{pairs}"
 
-    card = Card(objective, tokenizer, next_sentence=next_sentence)
-    return _Data(config, card, make(for_training, seed), size, None if held_out is None else evaluate)
+    return _Data(config, batches, size, evaluate)

@@ -6,9 +6,9 @@ from longattn.evaluation.cost import Cost, CouldNotRun, PeakMemory, measure
 from longattn.evaluation.longrope import search_longrope
 from longattn.evaluation.metrics import accuracy, bleu, f1, mean_loss, perplexity, retrieval_accuracy
 from longattn.evaluation.plan import MACHINES, MODELS, Estimate, Machine, plan
-from longattn.evaluation.reading import Reader, check_memory, make_reader
+from longattn.evaluation.reading import Reader, check_memory, make_reader, most_positions
 from longattn.evaluation.retrieval import RULER_TASKS, Question, passkey, ruler
-from longattn.evaluation.suite import TASKS, Cell, Evaluation, Plan, Results, summary
+from longattn.evaluation.suite import TASKS, TEXT_TASKS, Cell, Evaluation, Plan, Results, summary
 
 __all__ = [
     "ATTENTION_CALLS",
@@ -29,6 +29,7 @@ __all__ = [
     "Reader",
     "Results",
     "TASKS",
+    "TEXT_TASKS",
     "accuracy",
     "attention_cost",
     "bleu",
@@ -39,6 +40,7 @@ __all__ = [
     "make_reader",
     "mean_loss",
     "measure",
+    "most_positions",
     "passkey",
     "perplexity",
     "plan",

@@ -33,6 +33,7 @@ __all__ = ["MACHINES", "MODELS", "Estimate", "Machine", "plan"]
 
 _HALF, _FULL = 2, 4  # bytes of bfloat16 and float32
 _STATE = 16  # bytes a weight: bfloat16 weight and gradient, float32 weight and two moments
+_MOST_TOKENS, _MOST_GPUS = 10**12, 2048  # the time that a plan takes grows with the ranks of a ring
 _MERGE, _ADD = 10, 8  # bytes an entry that a partial result and a partial gradient cost
 
 
@@ -134,16 +135,17 @@ def plan(
         offload: checkpoints and the optimiser's state stay in the host's memory.
 
     Raises:
-        InvalidInput: numbers below 1, or a schedule that no layer can take.
+        InvalidInput: tokens outside [1, 10**12], gpus outside [1, 2048], or a schedule that no layer can take.
     """
-    for name, value in (("tokens", tokens), ("gpus", gpus)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidInput(name, "an int >= 1", repr(value))
+    _check(tokens, gpus)
     asked, tokens = tokens, _rounded(tokens, gpus)
-    names = [_schedule(_call(model, tokens, gpus, layer, layout), schedule) for layer in range(model.layers)]
+    calls = [_call(model, tokens, gpus, layer, layout) for layer in range(model.layers)]
+    named = {call: _schedule(call, schedule) for call in dict.fromkeys(calls)}  # layers differ in their mask alone
+    names = [named[call] for call in calls]
     if schedule not in ("auto", *names):
         raise InvalidInput("schedule", "one that some layer can take", repr(schedule))
-    found = [_attention(_call(model, tokens, gpus, layer, layout), machine, name) for layer, name in enumerate(names)]
+    costs = {call: _attention(call, machine, name) for call, name in named.items()}
+    found = [costs[call] for call in calls]
     share = tokens / gpus
     matrices = 8 * share * _matrix_weights(model) / machine.matmul
     gathered = 3 * _HALF * _weights(model) * (gpus - 1) / gpus / _link(machine, gpus)
@@ -168,10 +170,21 @@ def plan(
 
 
 def can_run(model: TransformerConfig, tokens: int, gpus: int, schedule: str) -> bool:
-    """Whether some layer can take a schedule."""
+    """Return whether some layer can take a schedule.
+
+    Raises:
+        InvalidInput: as `plan`.
+    """
+    _check(tokens, gpus)
     layers = range(min(model.layers, len(model.pattern)))
     calls = [_call(model, _rounded(tokens, gpus), gpus, layer, "zigzag") for layer in layers]
     return any(not reasons(call, schedule) for call in calls)
+
+
+def _check(tokens: int, gpus: int) -> None:
+    for name, value, most in (("tokens", tokens, _MOST_TOKENS), ("gpus", gpus, _MOST_GPUS)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise InvalidInput(name, f"an int in [1, {most}]", repr(value))
 
 
 def _rounded(tokens: int, gpus: int) -> int:

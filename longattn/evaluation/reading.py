@@ -14,7 +14,15 @@ from longattn.errors import InvalidInput
 from longattn.models import Decoder, GenerationConfig, chunked_cross_entropy, make_caches, stream
 from longattn.models.generation.reader import placement
 
-__all__ = ["DecoderReader", "HuggingFaceReader", "Reader", "check_memory", "free_bytes", "make_reader"]
+__all__ = [
+    "DecoderReader",
+    "HuggingFaceReader",
+    "Reader",
+    "check_memory",
+    "free_bytes",
+    "make_reader",
+    "most_positions",
+]
 
 _PIECE = 2048  # tokens that go through the layers at once
 _LOGITS = 1024  # tokens whose logits are held at once
@@ -146,6 +154,15 @@ class HuggingFaceReader:
         working = piece * (4 * config.hidden_size + 4 * heads * head_dim + 3 * hidden) * width
         rows = tokens if self.length_matters else min(tokens, _LOGITS)
         return kept + working + rows * config.vocab_size * (width + 8)
+
+
+def most_positions(model: nn.Module) -> int | None:
+    """Return the number of positions of a model whose positions are a table; None: there is no such limit."""
+    config: Any = model.config
+    if isinstance(model, Decoder):
+        return config.max_length if config.positions == "learned" else None
+    found = getattr(config.get_text_config(), "n_positions", None)  # so GPT-2's kin call them
+    return found if isinstance(found, int) else None
 
 
 def make_reader(model: nn.Module) -> Reader:

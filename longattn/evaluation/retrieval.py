@@ -173,7 +173,7 @@ def _many(
     lines = [list(encode(" " + _NEEDLE.format(kind=kind, key=key, value=wanted)))]
     room = length - len(task) - len(question) - new - len(lines[0])
     if room < 0:
-        raise _too_short(length)
+        raise _too_short(length, -room)
     for other in keys:
         line = list(encode(" " + _NEEDLE.format(kind=kind, key=other, value=value())))
         room -= len(line)
@@ -266,8 +266,8 @@ RULER_TASKS = tuple(_MAKERS)
 def _largest(prompt: Callable[[int], list[int]], room: int, length: int) -> list[int]:
     """The prompt of the most items that is no longer than `room`."""
     low, high = 0, 1
-    if len(prompt(low)) > room:
-        raise _too_short(length)
+    if (shortest := len(prompt(low))) > room:
+        raise _too_short(length, shortest - room)
     while len(prompt(high)) <= room:
         low, high = high, 2 * high
     while high - low > 1:
@@ -279,7 +279,7 @@ def _largest(prompt: Callable[[int], list[int]], room: int, length: int) -> list
 def _filler(encode: Encode, room: int, length: int) -> list[list[int]]:
     """Sentences that say nothing, as many as fit."""
     if room < 0:
-        raise _too_short(length)
+        raise _too_short(length, -room)
     sentences = [list(encode(" " + sentence)) for sentence in _FILLER]
     found: list[list[int]] = []
     while room >= len(sentence := sentences[len(found) % len(sentences)]):
@@ -307,5 +307,5 @@ def _rng(seed: object) -> random.Random:
     return random.Random(repr(seed))
 
 
-def _too_short(length: int) -> InvalidInput:
-    return InvalidInput("length", "enough tokens for the task's question", length)
+def _too_short(length: int, missing: int) -> InvalidInput:
+    return InvalidInput("length", f"at least {length + missing:,} tokens, for the question", length)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,13 +19,15 @@ from torch import Tensor
 
 from longattn.errors import InvalidInput
 from longattn.evaluation.cost import PeakMemory
+from longattn.evaluation.metrics import perplexity
 from longattn.evaluation.reading import Reader, check_memory
 from longattn.evaluation.retrieval import RULER_TASKS, Question, passkey, ruler
+from longattn.files import write_text
 
-__all__ = ["TASKS", "Cell", "Evaluation", "Plan", "Results", "summary"]
+__all__ = ["TASKS", "TEXT_TASKS", "Cell", "Evaluation", "Plan", "Results", "summary"]
 
 TASKS = ("loss", "short_windows", "perplexity", "passkey", *RULER_TASKS, "speed")
-_TEXT_TASKS = ("loss", "short_windows", "perplexity")
+TEXT_TASKS = ("loss", "short_windows", "perplexity")
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -88,6 +89,11 @@ class Plan:
         perplexity = longest + (self.windows - 1) * self.stride + 1 if "perplexity" in self.tasks else 0
         return max(loss, perplexity)
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that a model reads and writes in one go, at most."""
+        return max(self.lengths) + (_DECODED if "speed" in self.tasks else 0)
+
     def depth(self, number: int) -> float:
         return 0.5 if self.depths == 1 else number / (self.depths - 1)
 
@@ -121,29 +127,76 @@ class Results:
                 yield cell, found
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the file whole or not at all.
+
+        Raises:
+            OSError: it cannot be written, for example on a full disk.
+        """
         cells = [{**json.loads(key), **found} for key, found in self.cells.items()]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"settings": self.settings, "cells": cells}, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps({"settings": self.settings, "cells": cells}, indent=1))
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """What `save` wrote.
+        """Read what `save` wrote.
 
         Raises:
-            InvalidInput: another file.
+            InvalidInput: another or a damaged file.
         """
+        expected = "a complete file of an evaluation"
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            names = ("task", "length", "number", "depth")
-            cells = {
-                Cell(**{name: cell[name] for name in names}).key: {k: v for k, v in cell.items() if k not in names}
-                for cell in saved["cells"]
-            }
-            return cls(saved["settings"], cells)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InvalidInput("results", "a file of an evaluation", f"{path}: {error}") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise InvalidInput("results", expected, f"{path}: {error}") from error
+        if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
+            raise InvalidInput("results", f"{expected}, with its settings", path)
+        if not isinstance(saved.get("cells"), list):
+            raise InvalidInput("results", f"{expected}, with its cells", path)
+        found: dict[str, dict[str, Any]] = {}
+        for number, values in enumerate(saved["cells"]):
+            where = f"{path}, cell {number}"
+            if not isinstance(values, dict):
+                raise InvalidInput("results", expected, where)
+            cell = _read_cell(values, where)
+            if cell.key in found:
+                raise InvalidInput("results", f"{expected}, each cell once", where)
+            found[cell.key] = {name: value for name, value in values.items() if name not in _COORDINATES}
+        return cls(saved["settings"], found)
+
+
+_COORDINATES = ("task", "length", "number", "depth")
+_OF_QUESTIONS = ("recall", "characters", "seconds")
+_OF_TASKS = {"loss": ("seconds",), "short_windows": ("seconds",), "perplexity": ("loss", "seconds")}
+_OF_TASKS["speed"] = ("seconds", "tokens_per_second", "new_tokens_per_second")
+
+
+def _read_cell(values: dict[str, Any], where: str) -> Cell:
+    """Check the entries of one cell. What was measured may be infinite or NaN, as a model's losses may be."""
+
+    def refuse(name: str, expected: str) -> InvalidInput:
+        return InvalidInput(f"results' {name}", expected, f"{values.get(name)!r} in {where}")
+
+    def is_number(value: object) -> bool:
+        return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+    coordinates: list[Any] = [values.get(name) for name in _COORDINATES]
+    task, length, number, depth = coordinates
+    if task not in TASKS:
+        raise refuse("task", f"one of {', '.join(TASKS)}")
+    for name, value, least in (("length", length, 1), ("number", number, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+            raise refuse(name, f"an int >= {least}")
+    if not is_number(depth) or not 0.0 <= depth <= 1.0:
+        raise refuse("depth", "a number in [0, 1]")
+    for name in _OF_TASKS.get(task, _OF_QUESTIONS):
+        if not is_number(values.get(name)):
+            raise refuse(name, "a number")
+    losses = values.get("losses")
+    if task in ("loss", "short_windows") and not (isinstance(losses, list) and losses and all(map(is_number, losses))):
+        raise refuse("losses", "a list of numbers")
+    memory = values.get("peak_bytes")
+    if task in (*TEXT_TASKS, "speed") and memory is not None and not is_number(memory):
+        raise refuse("peak_bytes", "None or a number")
+    return Cell(task, length, number, depth)
 
 
 class Evaluation:
@@ -157,7 +210,8 @@ class Evaluation:
         device: whose memory counts.
 
     Raises:
-        InvalidInput: a text shorter than the plan takes, or lengths that do not fit into memory, by estimate.
+        InvalidInput: a text shorter than the plan takes, lengths too short for a task, or too long for the memory,
+            by estimate.
     """
 
     def __init__(
@@ -182,6 +236,9 @@ class Evaluation:
             expected = f"a text of at least {plan.text_tokens:,} tokens, for these lengths and windows"
             raise InvalidInput("text", expected, f"{have:,} tokens")
         longest = max(plan.lengths)
+        for cell in self.cells():
+            if cell.task not in TEXT_TASKS and cell.task != "speed" and cell.length <= _SHORT:
+                self._question(cell)
         check_memory("lengths", longest, reader.bytes_for(longest), device)
 
     def cells(self) -> list[Cell]:
@@ -211,7 +268,7 @@ class Evaluation:
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Read what a cell asks for."""
-        if cell.task in _TEXT_TASKS:
+        if cell.task in TEXT_TASKS:
             assert self.text is not None
             start, stop = self._span(cell)
             with PeakMemory(self.device) as memory:
@@ -240,14 +297,28 @@ class Evaluation:
     def run(
         self, results: Results, save: Callable[[], None], show: Callable[[Cell, int, int], None] | None = None
     ) -> None:
-        """Measure what results lack, and save after each cell."""
+        """Measure what results lack, and save after each cell.
+
+        Raises:
+            InvalidInput: the results hold cells that are not of this evaluation.
+        """
         cells = self.cells()
+        self._check(results, cells)
         for number, cell in enumerate(cells):
             if show is not None:
                 show(cell, number, len(cells))
             if cell.key not in results.cells:
                 results.cells[cell.key] = self.measure(cell)
                 save()
+
+    def _check(self, results: Results, cells: Sequence[Cell]) -> None:
+        unknown = results.cells.keys() - {cell.key for cell in cells}
+        if unknown:
+            raise InvalidInput("results", "cells of this evaluation alone", min(unknown))
+        for cell in cells:
+            losses, buckets = results.cells.get(cell.key, {}).get("losses"), -(-cell.length // self.plan.bucket)
+            if losses is not None and len(losses) != buckets:
+                raise InvalidInput("results", f"{buckets} losses of {cell.key}", len(losses))
 
     def _in_short_windows(self, tokens: Tensor) -> Tensor:
         """Each token counts where it stands latest: after context - stride tokens or more, but for the first ones."""
@@ -270,9 +341,13 @@ class Evaluation:
     def _question(self, cell: Cell) -> Question:
         seed = (self.plan.seed, cell.number)
         room = cell.length - len(self.prefix)
-        if cell.task == "passkey":
-            return passkey(self.encode, room, cell.depth, (cell.length, cell.depth, *seed))
-        return ruler(cell.task, self.encode, room, seed)
+        try:
+            if cell.task == "passkey":
+                return passkey(self.encode, room, cell.depth, (cell.length, cell.depth, *seed))
+            return ruler(cell.task, self.encode, room, seed)
+        except InvalidInput as error:
+            start = f", after {len(self.prefix)} that a prompt starts with" if self.prefix else ""
+            raise InvalidInput("lengths", f"{error.expected} of {cell.task}{start}", cell.length) from error
 
     def _speed(self, length: int) -> dict[str, Any]:
         """Reading a prompt of so many tokens, and then a few more one at a time."""
@@ -294,6 +369,7 @@ class Evaluation:
         return sentence * math.ceil(length / len(sentence))
 
 
+_SHORT = 1 << 15  # tokens: no task's question needs more
 _DECODED = 16  # new tokens whose time is taken
 
 
@@ -320,7 +396,7 @@ def _mean(task: str, many: list[dict[str, Any]]) -> dict[str, Any]:
         losses = [sum(at) / len(many) for at in zip(*(one["losses"] for one in many), strict=True)]
         return {"losses": losses, "windows": len(many)}
     if task == "perplexity":
-        return {"perplexity": math.exp(mean("loss")), "loss": mean("loss"), "strides": len(many)}
+        return {"perplexity": perplexity(mean("loss")), "loss": mean("loss"), "strides": len(many)}
     if task == "speed":
         return dict(many[0])
     return {"recall": mean("recall"), "characters": mean("characters"), "trials": len(many)}

@@ -17,16 +17,20 @@ from torch import Tensor
 
 from longattn.errors import InvalidInput
 
-__all__ = ["ByteCorpus", "RandomWindows", "find_files", "split_files", "stdlib_files"]
+__all__ = ["ByteCorpus", "RandomWindows", "find_files", "held_out_sides", "split_files", "stdlib_files"]
 
 
 def find_files(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
-    """The files among `paths`, and those below its folders whose name fits `pattern`; sorted, each once, none hidden.
+    """Return the files among `paths`, and those below its folders that `pattern` matches.
+
+    They are sorted, each once, and none below a folder is hidden.
 
     Raises:
-        InvalidInput: a path does not exist, or there is no file at all.
+        InvalidInput: a path does not exist, a pattern that leaves the folders, or there is no file at all.
     """
     paths = [Path(path) for path in paths]
+    if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+        raise InvalidInput("files", "a pattern of names below a folder, such as *.txt", repr(pattern))
     found: set[Path] = set()
     for path in paths:
         if not path.exists():
@@ -48,8 +52,32 @@ def stdlib_files() -> list[Path]:
     return [file for file in find_files([root], "*.py") if not skipped & set(file.relative_to(root).parts)]
 
 
+def held_out_sides(digests: Iterable[bytes], held_out: float, what: str, argument: str = "held_out") -> np.ndarray:
+    """Decide what is held out: an item's side depends on its own digest, so that adding items moves no other.
+
+    Args:
+        digests: of the items, at least 8 bytes each, evenly spread.
+        held_out: the expected share of items that are held out, in (0, 1).
+        what: the items in the plural, for errors.
+        argument: the name of `held_out`, for errors.
+
+    Returns:
+        bool [items], True where an item is held out.
+
+    Raises:
+        InvalidInput: a share out of range, or no item on one side.
+    """
+    if isinstance(held_out, bool) or not isinstance(held_out, (int, float)) or not 0.0 < held_out < 1.0:
+        raise InvalidInput(argument, "a number in (0, 1)", held_out)
+    sides = np.array([int.from_bytes(digest[:8], "big") < held_out * 2**64 for digest in digests], dtype=bool)
+    if sides.all() or not sides.any():
+        got = f"{held_out} of {len(sides)} {what}: {int((~sides).sum())} for training, {int(sides.sum())} held out"
+        raise InvalidInput(argument, f"a share that leaves at least 1 of the {what} on both sides", got)
+    return sides
+
+
 def split_files(files: Sequence[Path], held_out: float = 0.1) -> tuple[list[Path], list[Path]]:
-    """(training files, held-out files). A file's side hangs on its name alone, so adding files moves no other.
+    """Return (training files, held-out files). A file's side depends on its name alone: adding files moves no other.
 
     The name is the path relative to the folder that holds all files: the split is the same on every machine.
 
@@ -59,17 +87,14 @@ def split_files(files: Sequence[Path], held_out: float = 0.1) -> tuple[list[Path
     Raises:
         InvalidInput: a share out of range, or a side without a file.
     """
-    if not 0.0 < held_out < 1.0:
-        raise InvalidInput("held_out", "a number in (0, 1)", held_out)
     files = sorted(files)
     root = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
-    sides: tuple[list[Path], list[Path]] = ([], [])
-    for file in files:
-        digest = hashlib.sha256(file.relative_to(root).as_posix().encode()).digest()
-        sides[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(file)
-    if not all(sides):
-        raise InvalidInput("files", "enough files for both sides of the split", f"{len(files)} files")
-    return sides
+    names = (os.fsencode(file.relative_to(root).as_posix()) for file in files)
+    is_held_out = held_out_sides((hashlib.sha256(name).digest() for name in names), held_out, "files")
+    return (
+        [file for file, held in zip(files, is_held_out, strict=True) if not held],
+        [file for file, held in zip(files, is_held_out, strict=True) if held],
+    )
 
 
 class ByteCorpus:
@@ -93,7 +118,7 @@ class ByteCorpus:
         return sum(self.sizes)
 
     def digest(self) -> str:
-        """A fingerprint of the documents' names and sizes."""
+        """Return a fingerprint of the documents' names and sizes."""
         named = [(file.name, size) for file, size in zip(self.files, self.sizes, strict=True)]
         return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
 

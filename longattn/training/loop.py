@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -20,7 +21,16 @@ from longattn.errors import InvalidInput
 from longattn.models import TransformerConfig, autocast, matmul_dtype
 from longattn.models.stack import Stack
 from longattn.scaling import finite_number
-from longattn.training.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from longattn.training.checkpoint import (
+    Checkpoint,
+    check_optimizer,
+    check_progress,
+    check_rng,
+    check_weights,
+    load_checkpoint,
+    not_finite,
+    save_checkpoint,
+)
 from longattn.training.context_parallel import is_sharded, load_sharded, on_any_rank, save_sharded
 
 __all__ = ["Batches", "Loss", "Trainable", "TrainingConfig", "TrainingResult", "train"]
@@ -170,7 +180,8 @@ def train(
 ) -> TrainingResult:
     """Train a model on its own loss: a decoder to predict each next token, others as their `loss` says.
 
-    Ctrl-C ends the step at hand, saves, and raises KeyboardInterrupt; a second one does not wait.
+    Ctrl-C ends the step at hand, saves, and raises KeyboardInterrupt; a second one does not wait. An error in a step
+    saves the steps before it, and is raised. What is saved replaces the older checkpoint whole or not at all.
 
     Args:
         model: a module that is `Trainable`; trained in place, on its device.
@@ -178,14 +189,16 @@ def train(
         config: how.
         loss: of a batch, in place of the model's own.
         checkpoint: where to save, every `save_every` steps, when interrupted, and at the end. A file; of a model whose
-            weights ranks share a folder, which any number of ranks can load (torch.distributed.checkpoint).
-        resume: go on from the checkpoint, which must be of this model, data and config. The losses are those that an
+            weights ranks share, a folder, which any number of ranks can load (torch.distributed.checkpoint).
+        resume: continue from the checkpoint, which must be of this model, data and config. The losses are those that an
             uninterrupted training would have had.
-        description: shown beside the progress bar; show_progress: whether there is one.
+        description: shown next to the progress bar; show_progress: whether there is one.
 
     Raises:
-        InvalidInput: a checkpoint that is missing, damaged, or of another training.
-        FloatingPointError: the loss is not finite.
+        InvalidInput: a checkpoint that is missing, damaged, or of another training, or whose folder cannot be written.
+            Model and file are as they were.
+        FloatingPointError: the loss, the gradient or the weights are not finite.
+        OSError: the checkpoint cannot be written, for example on a full disk.
     """
     if resume and checkpoint is None:
         raise InvalidInput("checkpoint", "a path to resume from", None)
@@ -194,56 +207,141 @@ def train(
     settings = {"training": asdict(config), "data": batches.describe(), "dtype": str(dtype).removeprefix("torch.")}
     if loss is not None:
         settings["loss"] = loss.describe()
-    optimizer = _optimizer(model, config)
-    step, before = 0, 0.0
-    sharded = is_sharded(model)
-    if sharded and config.seconds:
-        raise InvalidInput("seconds", "0 where ranks train together, as their clocks differ", config.seconds)
-    if resume and checkpoint is not None:
-        if sharded:
-            step = load_sharded(checkpoint, model, optimizer, settings)
-        else:
-            step, before = _restore(load_checkpoint(checkpoint), model, optimizer, settings)
-
-    def save() -> None:
-        if checkpoint is not None and sharded:
-            save_sharded(checkpoint, model, optimizer, settings, step)
-        elif checkpoint is not None:
-            elapsed = before + time.perf_counter() - start
-            save_checkpoint(checkpoint, _snapshot(model, optimizer, settings, step, elapsed))
-
-    losses: list[float] = []
-    tokens = 0
-    _save_memory(model, config)
-    model.train()
-    start = time.perf_counter()
-    with _interrupt_between_steps() as interrupted, _progress_bar(description, show_progress) as show:
-        while (progress := config.progress(step, before + time.perf_counter() - start)) < 1.0:
-            inputs = {name: x.to(device) for name, x in _inputs(batches.batch(step)).items()}
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate_at(step, progress)
-            with autocast(device, dtype):
-                value = (loss or model.loss)(**inputs)
-            optimizer.zero_grad()
-            value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            losses.append(value.item())
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"the loss of step {step} is {losses[-1]}: lower the learning rate")
-            optimizer.step()
-
-            step += 1
-            tokens += inputs["tokens"].numel()
-            elapsed = time.perf_counter() - start
-            show(config.progress(step, before + elapsed), step, losses[-1], tokens / elapsed)
-            if on_any_rank(interrupted(), device) if sharded else interrupted():
-                save()
-                raise KeyboardInterrupt
-            if config.save_every and step % config.save_every == 0:
-                save()
-    save()
+    with _interrupt_between_steps() as interrupted:
+        run = _Run(model, config, settings, None if checkpoint is None else Path(checkpoint), resume)
+        _save_memory(model, config)
+        model.train()
+        run.start = start = time.perf_counter()
+        losses: list[float] = []
+        tokens = 0
+        with _progress_bar(description, show_progress) as show:
+            while (progress := config.progress(run.step, run.elapsed())) < 1.0:
+                rng = torch.get_rng_state()
+                try:
+                    inputs = {name: x.to(device) for name, x in _inputs(batches.batch(run.step)).items()}
+                    with autocast(device, dtype):
+                        value = (loss or model.loss)(**inputs)
+                    losses.append(run.backward(value))
+                except Exception as error:
+                    run.save_after(error, rng)
+                    raise
+                run.update(progress)
+                tokens += inputs["tokens"].numel()
+                seconds = time.perf_counter() - start
+                show(config.progress(run.step, run.elapsed()), run.step, losses[-1], tokens / seconds)
+                if on_any_rank(interrupted(), device) if run.sharded else interrupted():
+                    run.save()
+                    raise KeyboardInterrupt
+                if config.save_every and run.step % config.save_every == 0:
+                    run.save()
+        run.save()
+        if not run.sharded and interrupted():  # while the last steps were saved
+            raise KeyboardInterrupt
     model.eval()
-    return TrainingResult(losses, step, tokens, time.perf_counter() - start)
+    return TrainingResult(losses, run.step, tokens, time.perf_counter() - start)
+
+
+class _Run:
+    """A training between two steps: model, optimiser, and how much of it is on disk.
+
+    Attributes:
+        step: how many are done. saved: how many of them the checkpoint holds.
+        start: when this call began to train.
+    """
+
+    def __init__(
+        self, model: Any, config: TrainingConfig, settings: dict[str, Any], checkpoint: Path | None, resume: bool
+    ) -> None:
+        self.model, self.config, self.settings, self.checkpoint = model, config, settings, checkpoint
+        self.sharded = is_sharded(model)
+        if self.sharded and config.seconds:
+            raise InvalidInput("seconds", "0 where ranks train together, as their clocks differ", config.seconds)
+        if checkpoint is not None:
+            _check_writable(checkpoint, folder=self.sharded)
+        self.optimizer = _optimizer(model, config)
+        self.step, self._before = 0, 0.0
+        if resume and checkpoint is not None:
+            if self.sharded:
+                self.step = load_sharded(checkpoint, model, self.optimizer, settings)
+            else:
+                self.step, self._before = _restore(load_checkpoint(checkpoint), model, self.optimizer, settings)
+        self.saved = self.step
+        self.start = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Return the seconds of training, those before a resume included."""
+        return self._before + time.perf_counter() - self.start
+
+    def backward(self, value: Tensor) -> float:
+        """Compute and clip the gradients of a loss, and return it as a number.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite.
+        """
+        self.optimizer.zero_grad()
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # ranks that share weights have a DTensor
+        for what, found in (("loss", loss := value.item()), ("gradient's norm", norm.item())):
+            if not math.isfinite(found):
+                raise FloatingPointError(f"the {what} of step {self.step} is {found}: lower the learning rate")
+        return loss
+
+    def update(self, progress: float) -> None:
+        """Let the optimiser take the step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate_at(self.step, progress)
+        self.optimizer.step()
+        self.step += 1
+
+    def save(self, rng: Tensor | None = None) -> None:
+        """Write the checkpoint, unless it holds all steps.
+
+        Args:
+            rng: the state of the generator to save; that at hand by default.
+
+        Raises:
+            FloatingPointError: the weights are not finite. OSError: it cannot be written. The older one stays.
+        """
+        if self.checkpoint is None or self.step == self.saved:
+            return
+        if self.sharded:
+            save_sharded(self.checkpoint, self.model, self.optimizer, self.settings, self.step)
+        else:
+            broken = not_finite(self.model.named_parameters())
+            if broken:
+                raise FloatingPointError(f"the weights after step {self.step} are not finite ({broken[0]}): not saved")
+            state = {
+                f"{name}.{key}": value
+                for name, weight in self.model.named_parameters()
+                for key, value in self.optimizer.state[weight].items()
+            }
+            progress = {"step": self.step, "elapsed": self.elapsed()}
+            rng = torch.get_rng_state() if rng is None else rng
+            weights = self.model.state_dict()
+            made = Checkpoint(self.model.config, weights, state, rng, progress, self.settings)
+            save_checkpoint(self.checkpoint, made)
+        self.saved = self.step
+
+    def save_after(self, error: Exception, rng: Tensor) -> None:
+        """Save the steps before one that failed and began with this state of the generator.
+
+        Ranks save together, and one that failed takes no part: sharded trainings save nothing.
+        """
+        try:
+            if not self.sharded:
+                self.save(rng)
+        except (OSError, FloatingPointError) as failed:
+            error.add_note(f"The {self.step - self.saved} steps since the last save are lost: {failed}")
+
+
+def _check_writable(path: Path, *, folder: bool) -> None:
+    """Raise InvalidInput unless a checkpoint can be written there, as far as can be seen without writing."""
+    if path.exists() and path.is_dir() != folder:
+        raise InvalidInput("checkpoint", "a folder" if folder else "a file, not a folder", path)
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InvalidInput("checkpoint", "a path in a folder that can be written", path)
 
 
 def _save_memory(model: nn.Module, config: TrainingConfig) -> None:
@@ -271,39 +369,30 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
 
-def _snapshot(
-    model: Any, optimizer: torch.optim.AdamW, settings: dict[str, Any], step: int, elapsed: float
-) -> Checkpoint:
-    state = {
-        f"{name}.{key}": value
-        for name, weight in model.named_parameters()
-        for key, value in optimizer.state[weight].items()
-    }
-    progress = {"step": step, "elapsed": elapsed}
-    return Checkpoint(model.config, model.state_dict(), state, torch.get_rng_state(), progress, settings)
-
-
 def _restore(
     saved: Checkpoint, model: Any, optimizer: torch.optim.AdamW, settings: dict[str, Any]
 ) -> tuple[int, float]:
-    """Put a checkpoint's state into model, optimiser and generator; (steps done, seconds used)."""
+    """Put a checkpoint's state into model, optimiser and generator; return (steps done, seconds used).
+
+    All of it is checked before any of it is used.
+    """
     for name, ours, theirs in (
         ("config", model.config.to_dict(), saved.config.to_dict()),
         *((name, settings.get(name), saved.settings.get(name)) for name in settings.keys() | saved.settings.keys()),
     ):
         if ours != theirs:
             raise InvalidInput(f"checkpoint's {name}", _different(ours, theirs), _different(theirs, ours))
-    load_weights(model, saved)
-    for name, weight in model.named_parameters():
-        if not weight.requires_grad:
-            continue
-        state = {key: saved.optimizer.get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        if any(value is None for value in state.values()):
-            raise InvalidInput("checkpoint", "the optimiser's state of every weight", f"none of {name}")
-        optimizer.state[weight] = {key: value.to(weight.device) for key, value in state.items() if value is not None}
-    if saved.rng is not None:
-        torch.set_rng_state(saved.rng)
-    return saved.progress["step"], saved.progress["elapsed"]
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    check_weights(model, saved)
+    check_optimizer(saved, trained)
+    rng, (step, elapsed) = check_rng(saved), check_progress(saved)
+
+    model.load_state_dict(saved.model)
+    for name, weight in trained.items():
+        state = {key: saved.optimizer[f"{name}.{key}"].to(weight.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.state[weight] = state
+    torch.set_rng_state(rng)
+    return step, elapsed
 
 
 def _different(ours: Any, theirs: Any) -> Any:

@@ -1,12 +1,11 @@
 """Whole documents side by side in one sequence, none of which sees another, and token files larger than memory.
 
-A token file holds all documents one after another, and `<name>.ends` where each ends; both are mapped, not read.
+A token file holds all documents one after another, and `<name>.ends` where each ends; the tokens are mapped, not read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +15,23 @@ import torch
 from torch import Tensor
 
 from longattn.errors import InvalidInput
+from longattn.files import replaced
+from longattn.training.data import held_out_sides
 
 __all__ = ["Documents", "PackedDocuments", "TokenFile", "pack", "write_token_file"]
 
+# `.ends` holds 64-bit numbers: V, bytes an id, and where each document ends. With _SOURCE added to the second number,
+# the SHA-256 of what the file was made of stands before the ends.
+_SOURCE = 1 << 8
+
 
 def write_token_file(
-    path: Path, documents: Iterable[str], encode: Callable[[str], Sequence[int]], vocab_size: int
+    path: Path,
+    documents: Iterable[str],
+    encode: Callable[[str], Sequence[int]],
+    vocab_size: int,
+    *,
+    source: bytes | None = None,
 ) -> TokenFile:
     """Encode documents to a file, one at a time; documents without tokens are left out.
 
@@ -29,15 +39,21 @@ def write_token_file(
         path: replaced only once all is written.
         encode: of a document to ids, such as lambda text: tokenizer.encode(text).ids, or str.encode for bytes.
         vocab_size: V; decides whether an id takes 1, 2 or 4 bytes.
+        source: 32 bytes that identify documents and encoding, kept as `TokenFile.source`.
 
     Raises:
         InvalidInput: an id out of range, or no tokens at all.
+        OSError: the file cannot be written, for example on a full disk.
     """
     path = Path(path)
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= 2**32:
+        raise InvalidInput("vocab_size", "an int in [1, 2^32]", repr(vocab_size))
+    if source is not None and len(source) != 32:
+        raise InvalidInput("source", "32 bytes", f"{len(source)} bytes")
     dtype = np.dtype(np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.uint32)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     ends: list[int] = []
-    try:
+    ends_file = _ends_file(path)
+    with replaced(ends_file) as temporary_ends, replaced(path) as temporary:
         with temporary.open("wb") as file:
             for document in documents:
                 ids = np.asarray(list(encode(document)), dtype=np.int64)
@@ -49,16 +65,11 @@ def write_token_file(
                 ends.append((ends[-1] if ends else 0) + len(ids))
         if not ends:
             raise InvalidInput("documents", "at least one with a token", "none")
-        header = np.array([vocab_size, dtype.itemsize, *ends], dtype=np.uint64)
-        ends_file = _ends_file(path)
+        kind = dtype.itemsize + (0 if source is None else _SOURCE)
+        numbers = np.array([vocab_size, kind], dtype=np.uint64).tobytes()
+        temporary_ends.write_bytes(numbers + (source or b"") + np.array(ends, dtype=np.uint64).tobytes())
         # Without its ends, the old file is none: a torn replacement cannot pass for a whole one.
         ends_file.unlink(missing_ok=True)
-        os.replace(temporary, path)
-        partial = ends_file.with_name(f".{ends_file.name}.{os.getpid()}.tmp")
-        partial.write_bytes(header.tobytes())
-        os.replace(partial, ends_file)
-    finally:
-        temporary.unlink(missing_ok=True)
     return TokenFile(path)
 
 
@@ -84,11 +95,15 @@ class Documents(Protocol):
 class TokenFile:
     """The documents of a token file, as sequences of ids; mapped from disk.
 
+    Attributes:
+        source: 32 bytes that identify what the file was made of, as given to `write_token_file`; None if not given.
+
     Args:
         path: as `write_token_file` wrote it.
 
     Raises:
-        InvalidInput: no such file, or a truncated one.
+        InvalidInput: no such file, or a truncated or damaged one. An id that is not below V is found when its document
+            is read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,12 +114,17 @@ class TokenFile:
                 raise InvalidInput("path", "a token file and its .ends", f"no {file}")
         data = ends_file.read_bytes()
         header = np.frombuffer(data[: len(data) // 8 * 8], dtype=np.uint64)
-        if len(data) % 8 or len(header) < 3 or header[1] not in (1, 2, 4):
+        kind = int(header[1]) if len(header) > 1 else 0
+        itemsize, first = kind % _SOURCE, 6 if kind >= _SOURCE else 2
+        if len(data) % 8 or len(header) <= first or itemsize not in (1, 2, 4) or kind - itemsize not in (0, _SOURCE):
             raise InvalidInput("path", "a complete .ends file", ends_file)
         self.vocab_size = int(header[0])
-        self._ends = header[2:].astype(np.int64)
-        dtype = np.dtype(f"u{int(header[1])}")
-        wanted, size = int(self._ends[-1]) * dtype.itemsize, self.path.stat().st_size
+        self.source = bytes(data[16:48]) if first == 6 else None
+        self._ends = header[first:].astype(np.int64)
+        if not 1 <= self.vocab_size <= 2 ** (8 * itemsize) or (np.diff(self._ends, prepend=0) < 1).any():
+            raise InvalidInput("path", "an .ends file whose numbers rise", ends_file)
+        dtype = np.dtype(f"u{itemsize}")
+        wanted, size = int(self._ends[-1]) * itemsize, self.path.stat().st_size
         if size != wanted:
             raise InvalidInput("path", f"a token file of {wanted} bytes", f"{size} bytes in {self.path}")
         self._tokens = np.memmap(self.path, dtype=dtype, mode="r")
@@ -117,7 +137,10 @@ class TokenFile:
         """The ids of a document, int64 [N]."""
         if not 0 <= document < len(self):
             raise IndexError(document)
-        return torch.from_numpy(self._span(document).astype(np.int64))
+        ids = self._span(document).astype(np.int64)
+        if ids.max() >= self.vocab_size:
+            raise InvalidInput("path", f"a token file with ids below {self.vocab_size}", f"{ids.max()} in {self.path}")
+        return torch.from_numpy(ids)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -131,8 +154,8 @@ class TokenFile:
     def split(self, held_out: float = 0.1) -> tuple[Documents, Documents]:
         """(training documents, held-out documents), as views of this file.
 
-        A document's side hangs on its tokens alone: adding documents moves no other, and the copies of one document are
-        all on one side. Reads the file once.
+        A document's side depends on its tokens alone: adding documents moves no other, and the copies of one document
+        are all on one side. Reads the file once.
 
         Args:
             held_out: the expected share of held-out documents, in (0, 1).
@@ -140,12 +163,8 @@ class TokenFile:
         Raises:
             InvalidInput: a share out of range, or a side without a document.
         """
-        if not 0.0 < held_out < 1.0:
-            raise InvalidInput("held_out", "a number in (0, 1)", held_out)
         digests = (hashlib.sha256(self._span(document).tobytes()).digest() for document in range(len(self)))
-        is_held_out = np.array([int.from_bytes(digest[:8], "big") < held_out * 2**64 for digest in digests])
-        if is_held_out.all() or not is_held_out.any():
-            raise InvalidInput("held_out", "a share that leaves documents on both sides", f"{held_out} of {len(self)}")
+        is_held_out = held_out_sides(digests, held_out, "documents")
         return _Subset(self, np.flatnonzero(~is_held_out)), _Subset(self, np.flatnonzero(is_held_out))
 
     def _span(self, document: int) -> np.ndarray:

@@ -20,6 +20,7 @@ __all__ = [
     "TextTokenizer",
     "WordTokenizer",
     "load_tokenizer",
+    "parse_tokenizer",
     "train_bpe",
     "train_wordpiece",
 ]
@@ -174,20 +175,39 @@ def train_wordpiece(
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, as `Tokenizer.save` writes it.
+    """Load a tokenizer.json, as `Tokenizer.save` writes it.
 
     Raises:
         InvalidInput: no such file, or a damaged one.
     """
-    from tokenizers import Tokenizer
-
     path = Path(path)
     if not path.is_file():
         raise InvalidInput("tokenizer", "a file that exists", path)
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no narrower one
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise InvalidInput("tokenizer", "a complete tokenizer.json", f"{path}: {error}") from error
+    return parse_tokenizer(text, str(path))
+
+
+def parse_tokenizer(text: str, where: str) -> Tokenizer:
+    """Make the tokenizer that the JSON of a tokenizer.json describes.
+
+    Args:
+        text: the JSON.
+        where: the file that it is from, for errors.
+
+    Raises:
+        InvalidInput: it is damaged.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(text)
+    except BaseException as error:  # the library raises no narrower one, and panics are not even an Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise InvalidInput("tokenizer", "a complete tokenizer.json", f"{where}: {error}") from error
 
 
 def _trained(tokenizer: Any, texts: Iterable[str], trainer: Any) -> Any:

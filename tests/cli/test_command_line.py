@@ -90,7 +90,7 @@ def test_an_interrupted_training_goes_on(texts: Path, tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(RandomWindows, "batch", interrupt)
         stopped = run(*command, "--out", tmp_path / "parts")
-    assert stopped.exit_code == 130 and "--resume goes on" in stopped.output
+    assert stopped.exit_code == 130 and "--resume continues" in stopped.output
     assert load_checkpoint(tmp_path / "parts").progress["step"] == 2
 
     resumed = run(*command, "--out", tmp_path / "parts", "--resume")
@@ -104,7 +104,7 @@ def test_an_interrupted_training_goes_on(texts: Path, tmp_path: Path, monkeypatc
     [
         (("nowhere",), "files or folders that exist"),
         (("--files", "*.md"), "at least one file named *.md"),
-        (("--held-out", 2), "held_out"),
+        (("--held-out", 2), "--held-out"),
         (("--context", 5000), "at least 5001 bytes"),
         (("--dim", 33), "a multiple of heads"),
         (("--window", 8), "window"),

@@ -197,7 +197,8 @@ def test_what_cannot_be_measured_is_said_before_anything_is_read() -> None:
 
 
 def test_results_survive_json(tmp_path: Path) -> None:
-    results = Results({"a": 1}, {Cell("passkey", 8, 1, 0.25).key: {"recall": 1.0}})
+    measured = {"recall": 1.0, "characters": 0.5, "seconds": 2.0}
+    results = Results({"a": 1}, {Cell("passkey", 8, 1, 0.25).key: measured})
     results.save(tmp_path / "r.json")
     assert Results.load(tmp_path / "r.json") == results
     assert json.loads((tmp_path / "r.json").read_text())["cells"][0]["depth"] == 0.25
