@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 from typing import Any
 
@@ -18,6 +19,7 @@ from longattn.rope import Rope
 
 __all__ = ["explain"]
 
+_MOST_ENTRIES = 1 << 62
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
@@ -99,7 +101,7 @@ def explain(
             raise InvalidInput("--keys", f"as many as the {nq} of --packed", keys)
     nk = nq if keys is None else keys
     sizes = {"--q": min(shape), "--keys": nk, "--kv-heads": kv_heads or 0, "--v-dim": v_dim or 0}
-    sizes["--packed"] = 0 if packed is None else min(packed)
+    sizes |= {"--packed": min(packed or (0,)), "--bias": min(bias or (0,))}
     for name, size in sizes.items():
         if size < 0:
             raise InvalidInput(name, "numbers >= 0", size)
@@ -107,6 +109,8 @@ def explain(
 
     def one_entry(*size: int, dtype: torch.dtype, requires_grad: bool = False) -> Tensor:
         """A tensor of any size in the memory of its last dimension."""
+        if math.prod(size) >= _MOST_ENTRIES or max(size) >= _MOST_ENTRIES:
+            raise InvalidInput("shapes", "tensors of fewer than 2^62 entries", size)
         row = torch.zeros(size[-1], dtype=dtype, device=where, requires_grad=requires_grad)
         return row.expand(size)
 

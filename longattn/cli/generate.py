@@ -67,7 +67,7 @@ class _Tokenizer(NamedTuple):
 @click.option("--dtype", type=click.Choice(_DTYPES), default="float32", help="Of the weights.")
 @click.option("--cache-dtype", type=click.Choice([*_DTYPES, "int8"]), help="Of the caches; the weights' by default.")
 @click.option("--device", type=Device(), default="cpu", help="Where to run.")
-@click.option("--seed", default=0, help="Of what is drawn.")
+@click.option("--seed", type=click.IntRange(-(1 << 63), (1 << 64) - 1), default=0, help="Of what is drawn.")
 def generate(
     checkpoint: Path,
     prompts: tuple[str, ...],

@@ -88,7 +88,7 @@ def _estimates(
 def _from_file(path: str) -> TransformerConfig:
     try:
         return TransformerConfig.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         expected = f"one of {', '.join(MODELS)}, or a JSON file of a config"
         raise InvalidInput("--model", expected, f"{path}: {message(error)}") from error
 
