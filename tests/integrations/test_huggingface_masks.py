@@ -139,11 +139,13 @@ def test_operations_on_a_mask() -> None:
         lambda: mask + 1.0,
         lambda: mask.float(),
         lambda: mask[:, :, 1:],
-        lambda: torch.where(mask, 0.0, 1.0),
+        lambda: 1.0 - mask,
+        lambda: torch.where(mask, mask, mask),
         lambda: mask.all(),
         lambda: mask.masked_fill(mask, 0),
         lambda: torch.cat([mask, mask]),
-        lambda: mask.expand(2, 4, 3, 5),
+        lambda: mask.repeat(1, 1, 2, 1),
+        lambda: mask.reshape(2, 15),
     ):
         with pytest.raises((longattn.Unsupported, RuntimeError), match="mask"):
             edit()

@@ -252,7 +252,8 @@ def test_nothing_quadratic_is_made(name: str) -> None:
 
 
 def test_models_outside_of_the_interface_say_so() -> None:
-    model = hf.BloomModel(hf.BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=VOCABULARY))
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    model = hf.LongformerModel(hf.LongformerConfig(**shape, vocab_size=VOCABULARY, attention_window=4))
     model.config._attn_implementation = "longattn"
-    with pytest.raises(longattn.Unsupported, match="edits its mask"):
-        model(torch.tensor([[3, 4, 5]]))
+    with pytest.raises(longattn.Unsupported, match="mask of longformer.*\n.*edits its mask.*'sdpa'.*compat.use"):
+        model(torch.tensor([[3, 4, 5, 6]]))

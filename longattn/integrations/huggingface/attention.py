@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from longattn.errors import InvalidInput, Unsupported
 from longattn.functional import attention
 from longattn.inspect import attention_rows
+from longattn.integrations.huggingface.keywords import refuse_unknown
 from longattn.integrations.huggingface.methods import attend, methods_of
-from longattn.integrations.huggingface.visibility import Visibility, keywords
+from longattn.integrations.huggingface.packing import packed_bounds
+from longattn.integrations.huggingface.visibility import Visibility, hides_nothing, keywords
 from longattn.redirection import on_shards, token_places
-
-# Keywords by which some models change the scores in ways of their own.
-_FOREIGN = ("block_indices", "sinks", "cache")
 
 
 def attention_forward(
@@ -35,9 +34,11 @@ def attention_forward(
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     output_attentions: bool | None = None,
+    position_ids: Tensor | None = None,
+    use_cache: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers' AttentionInterface calls in a layer.
+    """Compute the attention of a layer. transformers' AttentionInterface calls it.
 
     Args:
         module: the layer.
@@ -47,10 +48,12 @@ def attention_forward(
         scaling, dropout, softcap: as `scale`, `dropout_p` and `softcap` of `longattn.attention`.
         position_bias: added to the scores, broadcastable to [B, Hq, Nq, Nk] (T5).
         s_aux: [Hq], learned sink logits (gpt-oss).
-        sliding_window: not read; masks carry it.
+        is_causal: what a layer without a mask is; None: the module's own is_causal.
+        sliding_window: of a layer without a mask, where it has to hide nothing; masks carry it otherwise.
         cu_seq_lens_q, cu_seq_lens_k: int32, where the sequences packed in a row of batch 1 start and the last ends.
-
         output_attentions: return the weights, too; a tensor [B, Hq, Nq, Nk] that nothing else makes.
+        position_ids, use_cache: where the documents packed in a row start, if the mask was made without them.
+        others: keywords in `keywords.WITHOUT_EFFECT`, or None.
 
     Returns:
         (out [B, Nq, Hq, Dv], the weights before dropout or None).
@@ -58,19 +61,19 @@ def attention_forward(
     Raises:
         InvalidInput, Unsupported: as `longattn.attention`; also for a mask or keyword that it cannot honour.
     """
-    for name in _FOREIGN:
-        if others.get(name) is not None:
-            raise Unsupported(f"{type(module).__name__} with {name}", {"every backend": [f"{name} is not implemented"]})
-    if len(query) == 1 != len(key):
-        query = query.expand(len(key), -1, -1, -1)  # learned queries, the same for all
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    call = _visible(attention_mask, query, key, bool(is_causal), sliding_window)
+    refuse_unknown(module, others)
+    if query.shape[0] != key.shape[0] and query.shape[0] == 1:
+        query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, the same for all
+    call = _visible(module, attention_mask, query, key, is_causal, sliding_window)
     if position_bias is not None:
         dense = call.pop("bias", None)
         call["bias"] = position_bias if dense is None else _biased(position_bias, dense)
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         call["bounds"] = _within_sequences(cu_seq_lens_q, cu_seq_lens_k, query, call)
+    elif isinstance(attention_mask, Visibility):
+        packed = packed_bounds(module, attention_mask, position_ids, use_cache)
+        if packed is not None:
+            call["bounds"] = packed
     call |= {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
     methods = methods_of(module)
     wants_weights = output_attentions or _weights_are_captured()
@@ -98,23 +101,37 @@ def _weights_are_captured() -> bool:
 
 
 def _visible(
-    mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool, sliding_window: int | None
+    module: nn.Module,
+    mask: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    is_causal: bool | None,
+    sliding_window: int | None,
 ) -> dict[str, Any]:
     """The keywords of `longattn.attention` that say which keys a query sees."""
     nq, nk = query.shape[2], key.shape[2]
+    if mask is not None and mask.dim() != 4:
+        raise InvalidInput("attention_mask", "4 dimensions in an attention layer", f"shape {tuple(mask.shape)}")
     if isinstance(mask, Visibility):
+        if hides_nothing(mask):
+            return {}
         if tuple(mask.shape[2:]) != (nq, nk):
             raise InvalidInput("attention_mask", f"a mask made for {nq} queries and {nk} keys", repr(mask))
+        if is_causal is False and mask.right == 0 and getattr(module, "is_causal", None) is True:
+            reason = "the mask was made by config.is_causal, which is True; set it to False before the call"
+            raise Unsupported("is_causal=False", {"every backend": [reason]})
         return keywords(mask)
-    if mask is None:
-        if not is_causal or (nq == 1 and not on_shards()):
-            return {}
-        if sliding_window is not None and sliding_window < nk:
-            raise InvalidInput("attention_mask", f"a mask, as sliding_window {sliding_window} hides keys", None)
-        return {"causal": True, "align": "start"}  # the meaning in PyTorch's scaled_dot_product_attention
-    if mask.dim() != 4:
-        raise InvalidInput("attention_mask", "4 dimensions in an attention layer", f"shape {tuple(mask.shape)}")
-    return {"bias": mask}
+    if mask is not None:
+        return {"bias": mask}
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if not is_causal:
+        return {}
+    if sliding_window is not None and sliding_window < nk:
+        raise InvalidInput("attention_mask", f"a mask, as sliding_window {sliding_window} hides keys", None)
+    if nq == 1 and not on_shards():
+        return {}
+    return {"causal": True, "align": "start"}  # the meaning in PyTorch's scaled_dot_product_attention
 
 
 def _biased(bias: Tensor, mask: Tensor) -> Tensor:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from longattn.integrations.huggingface.visibility import visibility
 
 NAME = "longattn"
+
+_outside_of_graphs = torch.compiler.disable(
+    visibility, reason="the functions that describe a mask cannot be read while torch.compile traces a graph"
+)
 
 
 def register() -> None:
@@ -21,8 +30,20 @@ def register() -> None:
     require_version("transformers>=5.17", "pip install longattn[hf]")
 
     from longattn.integrations.huggingface.attention import attention_forward
-    from longattn.integrations.huggingface.visibility import visibility
 
     AttentionInterface.register(NAME, attention_forward)
-    # The closures that describe a mask cannot be read while a graph is traced.
-    AttentionMaskInterface.register(NAME, torch.compiler.disable(visibility, reason="masks are made outside of graphs"))
+    AttentionMaskInterface.register(NAME, _made_mask)
+
+
+def _made_mask(**call: Any) -> Tensor:
+    """Return the mask of a forward pass: a Visibility, made outside of the graph of torch.compile.
+
+    torch.export(strict=True) has no outside: its mask is dense, as in transformers' own exports.
+    """
+    if torch.compiler.is_dynamo_compiling() and torch.compiler._is_exporting_flag:
+        from transformers.masking_utils import sdpa_mask
+
+        mask = sdpa_mask(**{**call, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+        assert mask is not None
+        return mask
+    return _outside_of_graphs(**call)

@@ -9,7 +9,7 @@ query; a mask that no interval can say is an error. No [Nq, Nk] tensor outlives 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, reduce
 from types import CodeType
@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
-from longattn.errors import Unsupported
+from longattn.errors import InvalidInput, Unsupported
+from longattn.mask import Mask
 from longattn.redirection import on_shards, token_places
 
 MaskFunction = Callable[..., Any]
@@ -29,15 +32,21 @@ _FAR = 2**31 - 1
 
 
 class Visibility(Tensor):
-    """Takes the place of a dense mask [B, 1, Nq, Nk] on its way through a model, and holds no entries.
+    """A stand-in for a dense mask [B, 1, Nq, Nk] on its way through a model. It holds no entries.
 
-    Any operation on entries is an error, so that a model that edits its mask cannot get a wrong one.
+    Repeating it over the batch or the heads keeps it. Adding it to a tensor of scores, or choosing between two tensors
+    by it, gives the dense tensor that the model asks for. Every other operation on entries is an error, so that a model
+    that edits its mask cannot get a wrong one.
 
     Attributes:
         left, right: of `longattn.Mask`; None for unbounded.
-        offset: int32 [B], where query 0 stands; None: the last query stands at the last key.
+        offset: int32 [B], the position of query 0; None: the last query is at the position of the last key.
         lo, hi: int32 [Nq] or [B, Nq], query i sees keys lo[i] <= j < hi[i] only; or None.
         key_mask: bool [B, Nk], True = visible; or None.
+        plain: whether a causal model made it without an attention_mask and nothing but causality and a window hides
+            keys, so that position_ids may say more.
+        family: the model_type of the config that it was made for, for messages.
+        packed: what `packing.packed_bounds` found for these position_ids, kept for the next layer.
     """
 
     left: int | None
@@ -46,6 +55,9 @@ class Visibility(Tensor):
     lo: Tensor | None
     hi: Tensor | None
     key_mask: Tensor | None
+    plain: bool
+    family: str | None
+    packed: tuple[Tensor, tuple[Tensor, Tensor]] | None
     _anchor: Tensor  # empty: torch.compile takes no tensor that consists of none
 
     @staticmethod
@@ -60,11 +72,14 @@ class Visibility(Tensor):
         lo: Tensor | None = None,
         hi: Tensor | None = None,
         key_mask: Tensor | None = None,
+        plain: bool = False,
+        family: str | None = None,
         _anchor: Tensor | None = None,
     ) -> Visibility:
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
         self.left, self.right = left, right
         self.offset, self.lo, self.hi, self.key_mask = offset, lo, hi, key_mask
+        self.plain, self.family, self.packed = plain, family, None
         self._anchor = torch.empty(0, device=device) if _anchor is None else _anchor
         return self
 
@@ -74,33 +89,74 @@ class Visibility(Tensor):
         return f"Visibility({list(self.shape)}, {listing})"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return [name for name in _TENSORS if getattr(self, name) is not None], (self.device, self.left, self.right)
+        constants = (self.device, self.left, self.right, self.plain, self.family)
+        return [name for name in _TENSORS if getattr(self, name) is not None], constants
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], constants: tuple[Any, ...], size: Any, stride: Any
     ) -> Visibility:
-        device, left, right = constants
-        return Visibility(tuple(size), device, left=left, right=right, **inner)
+        device, left, right, plain, family = constants
+        return Visibility(tuple(size), device, left=left, right=right, plain=plain, family=family, **inner)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # a classmethod
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         aten = torch.ops.aten
-        mask = args[0]
+        options = kwargs or {}
+        mask = next(x for x in tree_leaves((args, options)) if isinstance(x, Visibility))
         if function in (aten.detach.default, aten.alias.default, aten.clone.default):
-            return mask._map(function, mask.device)
+            return mask._map(function)
         if function is aten.slice.Tensor and _is_whole(mask, *args[1:]):
-            return mask._map(aten.alias.default, mask.device)
-        if function is aten._to_copy.default and (kwargs or {}).get("dtype", torch.bool) == torch.bool:
-            device = (kwargs or {}).get("device") or mask.device
-            return mask._map(lambda x: x.to(device), device)
-        raise _unsupported(f"{function} on a mask", "the model edits its mask, which has no entries here")
+            return mask._map(aten.alias.default)
+        if function is aten._to_copy.default and options.get("dtype", torch.bool) == torch.bool:
+            device = options.get("device") or mask.device
+            return mask._map(lambda x: x.to(device), device=device)
+        if function in (aten.repeat.default, aten.expand.default, aten.view.default, aten._unsafe_view.default):
+            reshaped = _reshaped(mask, function, list(args[1]))
+            if reshaped is not None:
+                return reshaped
+        if function in (aten.add.Tensor, aten.add_.Tensor) and not options:
+            scores = args[1] if args[0] is mask else args[0]
+            if _has_entries(scores) and scores.dim() and scores.is_floating_point():
+                hidden = torch.finfo(scores.dtype).min
+                if function is aten.add.Tensor:
+                    return torch.where(dense(mask), scores, hidden)
+                return scores.copy_(torch.where(dense(mask), scores, hidden))
+        if function is aten.where.self and args[0] is mask and all(map(_has_entries, args[1:])):
+            return torch.where(dense(mask), *args[1:])
+        family = "the model" if mask.family is None else mask.family
+        raise _unsupported(
+            f"{function} on the mask of {family}",
+            "the model edits its mask, which has no entries here; use attn_implementation='sdpa' or 'eager' (and "
+            "longattn.compat.use() around calls of PyTorch's scaled_dot_product_attention)",
+        )
 
-    def _map(self, function: Callable[[Tensor], Tensor], device: torch.device) -> Visibility:
-        present = {name: function(term) for name in _TENSORS if (term := getattr(self, name)) is not None}
-        return Visibility(tuple(self.shape), device, left=self.left, right=self.right, **present)
+    def _map(
+        self,
+        function: Callable[[Tensor], Tensor],
+        *,
+        names: Sequence[str] | None = None,
+        shape: tuple[int, ...] | None = None,
+        device: torch.device | None = None,
+    ) -> Visibility:
+        """The same with a function applied to the tensors of these names, or to all."""
+        present = {name: term for name in _TENSORS if (term := getattr(self, name)) is not None}
+        changed = {name: function(x) if names is None or name in names else x for name, x in present.items()}
+        return Visibility(
+            tuple(self.shape) if shape is None else shape,
+            self.device if device is None else device,
+            left=self.left,
+            right=self.right,
+            plain=self.plain,
+            family=self.family,
+            **changed,
+        )
+
+
+def _has_entries(x: Any) -> bool:
+    return isinstance(x, Tensor) and not isinstance(x, Visibility)
 
 
 def keywords(mask: Visibility) -> dict[str, Any]:
@@ -112,6 +168,57 @@ def keywords(mask: Visibility) -> dict[str, Any]:
         "key_mask": mask.key_mask,
         "bounds": None if mask.lo is None or mask.hi is None else (mask.lo, mask.hi),
     }
+
+
+def hides_nothing(mask: Visibility) -> bool:
+    """Whether every query sees every key, however many there are of each."""
+    return mask.left is None and mask.right is None and mask.lo is None and mask.key_mask is None
+
+
+def dense(mask: Visibility) -> Tensor:
+    """Return the mask's entries, bool, True = visible: [B, 1, Nq, Nk], or [rows, Nq, Nk] if it has three dimensions."""
+    nq, nk = mask.shape[-2:]
+    query, key = torch.arange(nq, device=mask.device)[None, :, None], torch.arange(nk, device=mask.device)
+    shift = nk - nq if mask.offset is None else mask.offset.long()[:, None, None]
+    visible = Mask(mask.left, mask.right).visible(query + shift, key)
+    if mask.lo is not None and mask.hi is not None:
+        lo, hi = (x if x.dim() == 2 else x[None] for x in (mask.lo, mask.hi))
+        visible = visible & (lo[:, :, None] <= key) & (key < hi[:, :, None])
+    if mask.key_mask is not None:
+        visible = visible & mask.key_mask[:, None]
+    visible = visible.expand(mask.shape[0], nq, nk)
+    return visible if mask.dim() == 3 else visible[:, None]
+
+
+def _reshaped(mask: Visibility, function: Any, sizes: list[int]) -> Visibility | None:
+    """The mask repeated or expanded over batch and heads, or with both in one dimension; None: something else."""
+    aten = torch.ops.aten
+    batch, rest = mask.shape[0], tuple(mask.shape[-2:])
+    if function is aten.repeat.default:
+        if mask.dim() != 4 or len(sizes) != 4 or tuple(sizes[2:]) != (1, 1):
+            return None
+        shape = (batch * sizes[0], mask.shape[1] * sizes[1], *rest)
+        return mask._map(lambda x: x.repeat(sizes[0], *[1] * (x.dim() - 1)), names=_of_rows(mask), shape=shape)
+    if function is aten.expand.default:
+        if mask.dim() != 4 or len(sizes) != 4:
+            return None
+        shape = tuple(old if new == -1 else new for old, new in zip(mask.shape, sizes, strict=True))
+        if shape[2:] != rest:
+            return None
+        return mask._map(lambda x: x.expand(shape[0], *x.shape[1:]), names=_of_rows(mask), shape=shape)
+    leading = mask.shape[:-2].numel()
+    sizes = [leading if size == -1 else size for size in sizes]
+    if tuple(sizes) == tuple(mask.shape):
+        return mask._map(aten.alias.default)
+    if len(sizes) != 3 or tuple(sizes[1:]) != rest or mask.dim() != 4:
+        return None
+    heads = mask.shape[1]
+    return mask._map(lambda x: x.repeat_interleave(heads, 0), names=_of_rows(mask), shape=(leading, *rest))
+
+
+def _of_rows(mask: Visibility) -> list[str]:
+    """The names of the terms that have an entry for each sequence of the batch."""
+    return ["offset", "key_mask", *(("lo", "hi") if mask.lo is not None and mask.lo.dim() == 2 else ())]
 
 
 _TENSORS = ("offset", "lo", "hi", "key_mask", "_anchor")
@@ -127,6 +234,7 @@ def visibility(
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **_: Any,
 ) -> Visibility:
     """What transformers' AttentionMaskInterface calls for a mask.
@@ -137,21 +245,34 @@ def visibility(
         mask_function: (batch, head, query, key) -> bool of indices; causal by default.
         attention_mask: bool [B, seen], False for padding.
         use_vmap: mask_function is the user's own and may not be vectorised.
+        config: of the model.
 
     Raises:
-        Unsupported: some query's keys are no interval.
+        InvalidInput: an attention_mask that has neither 2 nor 4 dimensions; a sliding_window below 1.
+        Unsupported: some query's keys are no interval; a mask function of the user's own in an exported program.
     """
     from transformers import masking_utils
 
+    if attention_mask is not None and attention_mask.dim() != 2:
+        expected = "2 dimensions [B, keys], or 4 [B, 1 or heads, queries, keys]"
+        raise InvalidInput("attention_mask", expected, f"shape {list(attention_mask.shape)}")
     if mask_function is None:
         mask_function = masking_utils.causal_mask_function
     queries = (token_places(q_length, torch.device(device)) + q_offset)[None]
     terms = _read(mask_function, queries)
+    known = terms is not None
     key_mask = _padding(attention_mask, batch_size, kv_length, kv_offset)
     if terms is None:
         if on_shards():
             name = getattr(mask_function, "__qualname__", mask_function)
             raise _unsupported(f"the mask {name}", "what it says of indices holds for a whole sequence, not for shards")
+        if not _at_hand(queries):
+            name = getattr(mask_function, "__qualname__", mask_function)
+            raise _unsupported(
+                f"tracing the mask {name}",
+                "only masks that transformers makes can be traced; pass the "
+                "model a 4-D attention_mask, or export it with attn_implementation='sdpa'",
+            )
         terms, seen = _evaluate(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
         key_mask = seen if key_mask is None else key_mask if seen is None else key_mask & seen
     lo = hi = offset = None
@@ -162,6 +283,7 @@ def visibility(
     # A tensor is copied here: the cache that it belongs to counts on in place while the layers run.
     if isinstance(shift, Tensor) or shift != kv_length - q_length:
         offset = torch.as_tensor(shift, dtype=torch.int32, device=device).expand(batch_size).contiguous()
+    plain = known and attention_mask is None and terms.right == 0 and lo is None and offset is None
     return Visibility(
         (batch_size, 1, q_length, kv_length),
         device,
@@ -171,16 +293,25 @@ def visibility(
         lo=lo,
         hi=hi,
         key_mask=key_mask,
+        plain=plain,
+        family=getattr(config, "model_type", None),
     )
 
 
 def _padding(attention_mask: Tensor | None, batch_size: int, kv_length: int, kv_offset: int) -> Tensor | None:
-    """The keys that are no padding, bool [B, Nk], or None if all are. Keys past the mask's end are padding."""
+    """The keys that are not padding, bool [B, Nk], or None if all are. Keys past the mask's end are padding."""
     if attention_mask is None:
         return None
     missing = kv_offset + kv_length - attention_mask.shape[-1]
     present = F.pad(attention_mask, (0, max(missing, 0)))[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-    return None if present.all() else present.expand(batch_size, kv_length).contiguous()
+    return None if _at_hand(present) and present.all() else present.expand(batch_size, kv_length).contiguous()
+
+
+def _at_hand(x: Tensor) -> bool:
+    """Whether the values of a tensor may be read: no graph is traced, and it is neither fake nor under a transform."""
+    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 @dataclass(frozen=True)
@@ -230,6 +361,7 @@ def _readers() -> dict[CodeType | None, Callable[..., _Terms | None]]:
         made.sliding_window_overlay(1).__code__: _read_sliding_window,
         made.sliding_window_bidirectional_overlay(1).__code__: _read_bidirectional_window,
         made.chunked_overlay(1, nothing).__code__: _read_chunks,
+        made.packed_sequence_mask_function(nothing).__code__: _read_sequences,
     }
 
 
@@ -243,12 +375,19 @@ def _read_intersection(queries: Tensor, mask_functions: tuple[MaskFunction, ...]
 
 def _read_sliding_window(queries: Tensor, sliding_window: int) -> _Terms:
     """k > q - W: the W newest keys."""
+    _check_window(sliding_window)
     return _Terms(left=sliding_window - 1)
 
 
 def _read_bidirectional_window(queries: Tensor, sliding_window: int) -> _Terms:
     """|q - k| <= W: both ends included."""
+    _check_window(sliding_window)
     return _Terms(left=sliding_window, right=sliding_window)
+
+
+def _check_window(sliding_window: int) -> None:
+    if sliding_window < 1:
+        raise InvalidInput("sliding_window", "an int >= 1 in the config of a model with sliding layers", sliding_window)
 
 
 def _read_chunks(queries: Tensor, chunk_size: int, left_padding: Tensor) -> _Terms:
@@ -260,39 +399,52 @@ def _read_chunks(queries: Tensor, chunk_size: int, left_padding: Tensor) -> _Ter
     return _Terms(lo=start, hi=start + chunk_size)
 
 
-def _read_packed(queries: Tensor, mask_functions: tuple[MaskFunction, ...]) -> _Terms | None:
-    """Sequences packed in a row: (same sequence) and (a mask function of the positions inside of it).
+def _read_sequences(queries: Tensor, packed_sequence_mask: Tensor) -> _Terms | None:
+    """Sequences packed in a row, each at one place: a query sees the keys that have its own sequence's number."""
+    ids = packed_sequence_mask
+    if on_shards() or (_at_hand(ids) and (ids.diff(dim=-1) < 0).any()):
+        return None
+    starts = ids.diff(dim=-1, prepend=ids[:, :1] - 1) != 0
+    if _at_hand(ids) and not starts[:, 1:].any():
+        return _Terms()
+    index = torch.arange(ids.shape[1], device=ids.device)
+    lo = torch.where(starts, index, 0).cummax(dim=-1).values
+    last = F.pad(starts[:, 1:], (0, 1), value=True)
+    hi = torch.where(last, index + 1, ids.shape[1]).flip(-1).cummin(dim=-1).values.flip(-1)
+    return _Terms(lo=lo, hi=hi)
 
-    Both hold for intervals of indices only if a sequence stands in one place and its positions count up by one.
+
+def _read_packed(queries: Tensor, mask_functions: tuple[MaskFunction, ...]) -> _Terms | None:
+    """(The same sequence) and (a mask function of the positions inside of it), as transformers composes them from 5.23.
+
+    Both hold for intervals of indices only if the positions of a sequence count up by one. While a graph is traced this
+    is not checked: transformers numbers the sequences by where they do not.
     """
     from transformers import masking_utils as made
 
-    if on_shards():
+    remap = getattr(made, "remap_positions_for_packed_sequence", None)
+    if remap is None or on_shards():
         return None
     none = torch.zeros(1, 1)
     codes = [getattr(function, "__code__", None) for function in mask_functions]
     if codes != [
         made.packed_sequence_mask_function(none).__code__,
-        made.remap_positions_for_packed_sequence(made.causal_mask_function, none).__code__,
+        remap(made.causal_mask_function, none).__code__,
     ]:
         return None
     same, remapped = (inspect.getclosurevars(function).nonlocals for function in mask_functions)
     ids, positions = same["packed_sequence_mask"], remapped["position_ids"]
-    starts = ids.diff(dim=-1, prepend=ids[:, :1] - 1) != 0
-    if (ids.diff(dim=-1) < 0).any() or ((positions.diff(dim=-1) != 1) & ~starts[:, 1:]).any():
+    sequences = _read_sequences(queries, ids)
+    if sequences is None:
+        return None
+    if _at_hand(positions) and ((positions.diff(dim=-1) != 1) & (ids.diff(dim=-1) == 0)).any():
         return None
     inner = _read(remapped["mask_function"], positions.gather(1, queries.expand(len(positions), -1)))
     if inner is None:
         return None
     shift = queries - positions
-    inside = _Terms(inner.left, inner.right, *(None if x is None else x + shift for x in (inner.lo, inner.hi)))
-    if not starts[:, 1:].any():
-        return inside
-    index = torch.arange(ids.shape[1], device=ids.device)
-    lo = torch.where(starts, index, 0).cummax(dim=-1).values
-    last = F.pad(starts[:, 1:], (0, 1), value=True)
-    hi = torch.where(last, index + 1, ids.shape[1]).flip(-1).cummin(dim=-1).values.flip(-1)
-    return inside & _Terms(lo=lo, hi=hi)
+    lo, hi = (None if x is None else x + shift for x in (inner.lo, inner.hi))
+    return sequences & _Terms(inner.left, inner.right, lo, hi)
 
 
 def _evaluate(
@@ -350,8 +502,7 @@ def _evaluate(
 
 def _is_whole(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
     """Whether a slice is all of x."""
-    places = range(x.shape[dim])
-    return places[start:end:step] == places
+    return step == 1 and (start is None or start == 0) and (end is None or bool(end >= x.shape[dim]))
 
 
 def _unsupported(call: str, why: str) -> Unsupported:
