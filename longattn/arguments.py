@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from longattn.dtensors import is_dtensor
@@ -105,6 +104,9 @@ def weights(q: Tensor, k: Tensor, **keywords: Any) -> tuple[Tensors, Problem]:
     if isinstance(q, Tensor) and q.is_meta:
         raise InvalidInput("q", "a tensor with data", "a meta tensor")
     _no_dtensor("q", q)
+    for name, x in (("q", q), ("k", k)):
+        if isinstance(x, Tensor) and _is_strided(x):
+            _held(name, x)
     return dense(q, k, k, **keywords, dropout_p=0.0, seed=None, deterministic=False)
 
 
@@ -348,6 +350,7 @@ def parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[list[Tensor],
             raise InvalidInput(name, "as many as outs, at least one", f"{len(tensors)} {name} and {len(outs)} outs")
         for x in tensors:
             _floating(name, x)
+            _held(name, x)
             if x.dtype != tensors[0].dtype:
                 raise InvalidInput(name, f"dtype {tensors[0].dtype} as the first", str(x.dtype))
             if x.device != outs[0].device:
@@ -483,7 +486,7 @@ def _new_tokens(
         if x.device != shape.device:
             raise InvalidInput(name, f"device {shape.device} as the cache", str(x.device))
         _no_derivative(name, x)
-        x = _unit_stride(_autocast(x)[0])
+        x = _unit_stride(_autocast(_held(name, x))[0])
         if found and found[0] is not None and x.dtype != found[0].dtype:
             raise InvalidInput(name, f"dtype {found[0].dtype} as q", str(x.dtype))
         found.append(x)
@@ -596,7 +599,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtype = autocast_dtype(tensors[0].device.type)
     if dtype is None:
         return tensors
-    return tuple(x if x.dtype in (torch.float64, dtype) else _convert(x, dtype) for x in tensors)
+    return tuple(x if x.dtype in (torch.float64, dtype) else _convert(_held("q, k, v", x), dtype) for x in tensors)
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -607,7 +610,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride()[-1] == 1 or x.shape[-1] == 1 else _contiguous(x)
+    return x if x.stride()[-1] == 1 or x.shape[-1] == 1 else _contiguous(_held("q, k, v", x))
 
 
 def _floating(name: str, x: Tensor) -> None:
@@ -615,12 +618,11 @@ def _floating(name: str, x: Tensor) -> None:
         raise InvalidInput(name, "dtype float32, float64, bfloat16 or float16", str(x.dtype))
     if not _is_strided(x):
         raise InvalidInput(name, "a strided (dense) tensor", _describe(x))
-    _held(name, x)
 
 
 def _held(name: str, x: Tensor) -> Tensor:
-    """x, which has memory; a wrapper of another tensor (torch.func, torch.compile, DTensor) is checked where it ends."""
-    if type(x) in _PLAIN and not torch.compiler.is_compiling() and not is_functorch_wrapped_tensor(x):
+    """x, which has memory. What wraps another tensor (torch.func, torch.compile, DTensor) is checked where it ends."""
+    if type(x) in _PLAIN and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         check_memory(name, x)
     return x
 
@@ -689,7 +691,7 @@ def _cu_seqlens(name: str, x: object, device: torch.device) -> Tensor:
 
 
 def _place_tensor(name: str, x: object, batch: int, device: torch.device) -> Tensor:
-    """Numbers that queries are placed by, int32 [B]; those beyond 32 bits become OUT_OF_RANGE, for kernels to refuse."""
+    """Numbers that queries are placed by, int32 [B]; those beyond 32 bits become OUT_OF_RANGE, which ops refuse."""
     found = _tensor(name, x, "int32", _INTEGERS, ((batch,),), device)
     return _marked(found) if found.dtype == torch.int64 else found
 

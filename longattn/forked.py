@@ -1,4 +1,4 @@
-"""PyTorch's operations in a forked child: the OpenMP threads of its parent are gone there, and waiting for them hangs."""
+"""PyTorch's operations in a forked child, where the OpenMP threads of the parent are gone and are waited for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if hasattr(os, "register_at_fork"):
 
 def num_threads() -> int:
     """Return the number of threads for a kernel of ours, which has threads of its own in a forked child."""
-    return getattr(_own, "threads", 0) or torch.get_num_threads()
+    return (_in_child and getattr(_own, "threads", 0)) or torch.get_num_threads()
 
 
 def on_one_thread(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

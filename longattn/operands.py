@@ -22,6 +22,7 @@ _INT32 = (torch.int32,)
 _INT64 = (torch.int64,)
 _FLOAT32 = (torch.float32,)
 _BOOL = (torch.bool,)
+_SINGLE, _DOUBLE = torch.finfo(torch.float32).max, torch.finfo(torch.float64).max
 _INT32_MAX = 2**31 - 1
 _FARTHEST = 2**33  # a block's queries from its keys, in a sequence of less than 2^31 tokens and an offset as large
 
@@ -41,17 +42,28 @@ def check_attention(tensors: Tensors, problem: Problem, backend: str) -> None:
     _expect("q", t.q, _FLOATING, ((rows, p.q_heads, p.nq, p.head_dim),), device)
     _expect("k", t.k, (p.dtype,), ((rows, p.kv_heads, p.nk, p.head_dim),), device)
     _expect("v", t.v, (p.dtype,), ((rows, p.kv_heads, p.nk, p.v_head_dim),), device)
-    for name, x in (("q", t.q), ("k", t.k), ("v", t.v)):
-        _expect_unit_stride(name, x)
+    _expect_unit_stride("q", t.q)
+    _expect_unit_stride("k", t.k)
+    _expect_unit_stride("v", t.v)
     if p.head_dim < 1 or p.v_head_dim < 1 or p.kv_heads < 1 or p.q_heads % p.kv_heads:
         shapes = f"{tuple(t.q.shape)}, {tuple(t.k.shape)}, {tuple(t.v.shape)}"
         raise InvalidInput("q", "heads that are a multiple of k's, and widths of at least 1", shapes)
+    if any(x is not None for x in t[3:]):
+        _check_optional(t, p, device)
+    if (t.seed is None) != (p.dropout_p == 0):
+        raise InvalidInput("seed", "an int64 tensor [1] with dropout, else None", _told(t.seed))
+    _check_scalars(problem)
+    _check_backend(problem, backend)
+
+
+def _check_optional(t: Tensors, p: Problem, device: torch.device) -> None:
+    batch, varlen = p.batch, p.varlen
     _expect_pair("lo", t.lo, t.hi)
     _expect_pair("cu_seqlens_q", t.cu_seqlens_q, t.cu_seqlens_k)
     if varlen and (t.key_mask is not None or t.lo is not None or t.bias is not None):
         raise InvalidInput("cu_seqlens_q", "None beside key_mask, bounds or bias", "a tensor")
-    by_query, by_key = (((n,), (batch, n)) if not varlen else ((n,),) for n in (p.nq, p.nk))
-    by_head = ((p.q_heads,), (batch, p.q_heads))
+    by_query: tuple[Shape, ...] = ((p.nq,),) if varlen else ((p.nq,), (batch, p.nq))
+    by_key: tuple[Shape, ...] = ((p.nk,),) if varlen else ((p.nk,), (batch, p.nk))
     _expect("key_mask", t.key_mask, _BOOL, ((batch, p.nk),), device)
     _expect("key_lens", t.key_lens, _INT32, ((batch,),), device)
     _expect("lo", t.lo, _INT32, by_query, device)
@@ -64,7 +76,7 @@ def check_attention(tensors: Tensors, problem: Problem, backend: str) -> None:
         sizes = (batch, p.q_heads, p.nq, p.nk)
         broadcast = t.bias.dim() == 4 and all(n in (1, full) for n, full in zip(t.bias.shape, sizes, strict=True))
         _expect("bias", t.bias, _BIAS, (tuple(t.bias.shape) if broadcast else sizes,), device)
-    _expect("alibi_slopes", t.alibi_slopes, _FLOATING, by_head, device)
+    _expect("alibi_slopes", t.alibi_slopes, _FLOATING, ((p.q_heads,), (batch, p.q_heads)), device)
     _expect("sink_logits", t.sink_logits, _FLOATING, ((p.q_heads,),), device)
     _expect_frequencies(t.inv_freq, p.head_dim, (), device)
     for name, positions, shapes in (("positions_q", t.positions_q, by_query), ("positions_k", t.positions_k, by_key)):
@@ -72,10 +84,6 @@ def check_attention(tensors: Tensors, problem: Problem, backend: str) -> None:
         if positions is not None and t.inv_freq is None:
             raise InvalidInput(name, "None without inv_freq", _told(positions))
     _expect("seed", t.seed, _INT64, ((1,),), device)
-    if (t.seed is None) != (p.dropout_p == 0):
-        raise InvalidInput("seed", "an int64 tensor [1] with dropout, else None", _told(t.seed))
-    _check_scalars(problem)
-    _check_backend(problem, backend)
 
 
 def check_backward(
@@ -173,7 +181,7 @@ def check_rope(x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, ba
     _expect("x", x, _FLOATING, (tuple(x.shape),), x.device)
     _expect_frequencies(inv_freq, width, (), x.device)
     _expect("positions", positions, _FLOAT32, ((n,), (1, n), (batch, n)), x.device)
-    _check_number("factor", factor, torch.finfo(torch.float64).max)
+    _check_number("factor", factor, _DOUBLE)
     found = registry.get(backend)
     missing = found.unavailable()
     if missing is not None:
@@ -192,7 +200,7 @@ def _expect(
 ) -> None:
     if x is None:
         return
-    if x.dtype not in dtypes or tuple(x.shape) not in shapes or x.device != device or x.layout != torch.strided:
+    if x.shape not in shapes or x.dtype not in dtypes or x.layout != torch.strided or x.device != device:
         listing = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         kinds = " or ".join(str(dtype)[6:] for dtype in dtypes)
         raise InvalidInput(name, f"{kinds} {listing} on {device}", _told(x))
@@ -200,7 +208,7 @@ def _expect(
 
 
 def _expect_unit_stride(name: str, x: Tensor) -> None:
-    if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel():
+    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
         raise InvalidInput(name, "unit stride in the last dimension", f"stride {x.stride(-1)}")
 
 
@@ -239,25 +247,21 @@ def _expect_tables(cos: Tensor, sin: Tensor, tensors: CacheTensors, problem: Pro
 
 
 def _check_scalars(problem: Problem) -> None:
-    mask, largest = problem.mask, torch.finfo(problem.accumulate_dtype).max
-    for name, value, low in (
-        ("left", mask.left, 0),
-        ("right", mask.right, 0),
-        ("sinks", mask.sinks, 0),
-        ("max_seqlen_q", problem.max_seqlen_q, 0),
-        ("max_seqlen_k", problem.max_seqlen_k, 0),
-    ):
-        if value is not None and not low <= value <= _INT32_MAX:
-            raise InvalidInput(name, f"an int of {low} to 2^31 - 1", value)
+    mask, p = problem.mask, problem
+    sizes = (mask.left or 0, mask.right or 0, mask.sinks, p.max_seqlen_q, p.max_seqlen_k)
+    if min(sizes) < 0 or max(sizes) > _INT32_MAX:
+        named = dict(zip(("left", "right", "sinks", "max_seqlen_q", "max_seqlen_k"), sizes, strict=True))
+        raise InvalidInput("window", "left, right, sinks and lengths of 0 to 2^31 - 1", named)
     if not -_FARTHEST <= mask.offset <= _FARTHEST:
         raise InvalidInput("shift", "an int of -2^33 to 2^33", mask.offset)
-    _check_number("scale", problem.scale, largest)
-    _check_number("softcap", problem.softcap, largest, low=0.0)
-    _check_number("rope_factor", problem.rope_factor, largest)
-    if not 0 <= problem.dropout_p < 1:
-        raise InvalidInput("dropout_p", "a number in [0, 1)", problem.dropout_p)
-    if not all(0 <= n < 2**62 for n in problem.origin):
-        raise InvalidInput("origin", "four ints from 0 to 2^62", problem.origin)
+    largest = _DOUBLE if p.dtype == torch.float64 else _SINGLE
+    _check_number("scale", p.scale, largest)
+    _check_number("softcap", p.softcap, largest, low=0.0)
+    _check_number("rope_factor", p.rope_factor, largest)
+    if not 0 <= p.dropout_p < 1:
+        raise InvalidInput("dropout_p", "a number in [0, 1)", p.dropout_p)
+    if min(p.origin) < 0 or max(p.origin) >= 2**62:
+        raise InvalidInput("origin", "four ints from 0 to 2^62", p.origin)
 
 
 def _check_number(name: str, value: float, largest: float, low: float = -math.inf) -> None:

@@ -27,6 +27,7 @@ from longattn.problem import (
     Slots,
     Tensors,
     cache_features,
+    check_memory,
     check_places,
     check_sequences,
     checks_enabled,
@@ -92,6 +93,7 @@ _library.define(
 def attention(tensors: Tensors, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """(out [B, Hq, Nq, Dv], lse [B, Hq, Nq]) on the named backend; differentiable."""
     if _is_kernel(*tensors):
+        _check_memory(_REQUIRED, tensors)  # `arguments` looks at all others
         return _forward(tensors, problem, backend)
     _offer_formulas()
     out, lse = torch.ops.longattn.attention.default(*tensors, *_scalars(problem, backend))
@@ -139,6 +141,12 @@ def _is_kernel(*arguments: Any) -> bool:
     return not keys & ~_KERNEL_KEYS and forward_ad._current_level < 0
 
 
+def _check_memory(names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+    for name, x in zip(names, tensors, strict=False):
+        if x is not None and not x.untyped_storage().nbytes():
+            check_memory(name, x)
+
+
 def _scalars(problem: Problem, backend: str) -> tuple[Any, ...]:
     mask = problem.mask
     return (
@@ -179,6 +187,7 @@ def attention_with_cache(tensors: CacheTensors, slots: Slots, problem: Problem, 
 def rope(x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, interleaved: bool, backend: str) -> Tensor:
     """x [B, H, N, D] rotated by positions (float32 [N] or [B, N]); differentiable in x."""
     if _is_kernel(x, inv_freq, positions):
+        _check_memory(("x",), (x,))
         return _rotate(x, inv_freq, positions, factor, interleaved, False, backend)
     return torch.ops.longattn.rope.default(x, inv_freq, positions, factor, interleaved, False, backend)
 

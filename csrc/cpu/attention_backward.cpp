@@ -53,6 +53,7 @@ struct Link {
 // Tiles in the order of their places in the chains, so that a thread rarely meets its predecessor; long sequences
 // first.
 std::vector<Link> key_tiles(const AttentionParams& p, std::vector<int64_t>* chain_starts) {
+  if (p.nk == 0) return {};
   std::vector<Sequence> sequences;
   for (int64_t b = 0; b < p.batch; ++b) sequences.push_back(sequence(p, b));
   std::stable_sort(sequences.begin(), sequences.end(),
@@ -89,6 +90,7 @@ std::vector<BiasTile> bias_tiles(const AttentionParams& p) {
   const int64_t batches = step(bias.batch, p.batch, 1), heads = step(bias.head, p.q_heads, 1);
   const int64_t queries = step(bias.query, p.nq, kPanelRows), keys = step(bias.key, p.nk, kKeyBlock);
   std::vector<BiasTile> tiles;
+  if (p.nq == 0 || p.nk == 0) return tiles;
   for (int64_t b = 0; b < p.batch; b += batches)
     for (int64_t h = 0; h < p.q_heads; h += heads)
       for (int64_t i = 0; i < p.nq; i += queries)
@@ -112,8 +114,19 @@ void attention_backward(const AttentionParams& given) {
   }
   const std::vector<QueryTile> queries = query_tiles(params);
   const Scratch scratch(params.threads, isa.backward_scratch(params));
-  parallel_for(params.threads, static_cast<int64_t>(queries.size()),
-               [&](int64_t, int64_t index) { isa.backward_delta(params, queries[index]); });
+  std::atomic<bool> large{false};
+  parallel_for(params.threads, static_cast<int64_t>(queries.size()), [&](int64_t, int64_t index) {
+    if (isa.backward_delta(params, queries[index])) large.store(true, std::memory_order_relaxed);
+  });
+  std::optional<Scratch> shares;
+  if (large.load()) {
+    const int64_t number = params.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+    shares.emplace(1, (params.cu_seqlens_q ? 1 : params.batch) * params.q_heads * params.nq * number);
+    params.shares = shares->of(0);
+    parallel_for(params.threads, static_cast<int64_t>(queries.size()), [&](int64_t thread, int64_t index) {
+      isa.backward_shares(params, queries[index], scratch.of(thread));
+    });
+  }
 
   std::vector<int64_t> chain_starts;
   const std::vector<Link> links = key_tiles(params, &chain_starts);

@@ -22,7 +22,7 @@ int64_t threads_for(const AttentionParams& p) { return p.nq == 1 ? 1 : p.threads
 constexpr int64_t kAngleTokens = 256;
 
 void append(const AttentionParams& p) {
-  if (!p.new_k.data) return;
+  if (!p.new_k.data || p.nq == 0) return;
   const Kernels& isa = kernels();
   std::vector<KeyTile> tiles;
   for (int64_t b = 0; b < p.batch; ++b) {
@@ -38,6 +38,7 @@ void append(const AttentionParams& p) {
 
 // 0 and -inf in the rows past a sequence's queries.
 void fill_padding(const AttentionParams& p) {
+  if (p.nq == 0) return;
   const bool wide = p.dtype == DType::kFloat64;
   const int64_t bytes = wide ? 8 : p.dtype == DType::kFloat32 ? 4 : 2;
   for (int64_t b = 0; b < p.batch; ++b)

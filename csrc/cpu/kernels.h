@@ -17,6 +17,12 @@ constexpr int64_t kTilePanels = 4;  // of a query tile, unless the heads of one 
 constexpr int64_t kKeyBlock = 128;  // keys held in a tile
 constexpr int64_t kMaxWidth = 512;  // of a head
 
+// Queries of a tile, but for the last of a sequence.
+static inline int64_t queries_of_tile(const AttentionParams& p) {
+  const int64_t group = larger(1, p.q_heads / p.kv_heads);
+  return larger(1, kTilePanels * kPanelRows / group);
+}
+
 struct QueryTile {
   Sequence sequence;
   int64_t kv_head;
@@ -54,8 +60,11 @@ struct Kernels {
   // The whole of a tile from `pieces` partial results over disjoint keys, one after another.
   void (*forward_merge)(const AttentionParams&, const QueryTile&, const char* partials, int64_t pieces);
 
-  void (*backward_delta)(const AttentionParams&, const QueryTile&);  // delta_i = rowsum(dO * O) - dLSE_i
+  // delta_i = rowsum(dO * O) - dLSE_i. True if some lse is so large that its last digits hide the number of keys: then
+  // shares are wanted.
+  bool (*backward_delta)(const AttentionParams&, const QueryTile&);
   int64_t (*backward_scratch)(const AttentionParams&);
+  void (*backward_shares)(const AttentionParams&, const QueryTile&, char* scratch);
   void (*backward)(const AttentionParams&, const KeyTile&, const Turn&, char* scratch);
   void (*backward_finish)(const AttentionParams&, const QueryTile&, char* scratch);  // dq_sum -> dq, turned back
 

@@ -34,6 +34,7 @@ void angles(const AngleParams& params) {
 
 void rope(const RopeParams& params) {
   check_rope(params);
+  if (!params.batch || !params.heads || !params.tokens) return;  // however many there are of the others
   const Kernels& isa = kernels();
   const int64_t number = numbers(params.dtype), half = params.rotated / 2;
   const int64_t share = params.tokens * params.batch / (params.threads * kTilesPerThread);

@@ -37,6 +37,7 @@ from longattn.backends.philox import uniform_bits
 from longattn.problem import Problem, Tensors
 
 _TILE_BYTES = 1 << 24  # scores held at once; a second derivative holds about ten tensors of their size
+_LARGE_LSE = {torch.float32: 2.0**10, torch.float64: 2.0**39}  # a larger one is off by more than 2^-14
 _TILE_ROWS = 128  # at least, where a window would allow fewer
 
 
@@ -382,6 +383,10 @@ class Tile:
             shift = torch.where(lse == -torch.inf, 0.0, lse)
             self.weights = torch.exp((scores - shift[..., None]).clamp(max=0.0))
             self.sink = torch.exp((sinks - shift).clamp(max=0.0))
+            # A large lse has no digits left for the number of keys. A sum below 1 may be that of a block of keys.
+            total = self.weights.sum(-1) + self.sink
+            share = torch.where((lse.abs() > _LARGE_LSE[problem.accumulate_dtype]) & (total > 1.0), 1.0 / total, 1.0)
+            self.weights, self.sink = self.weights * share[..., None], self.sink * share
         self.keep = self._dropout() if problem.dropout_p else None  # the multiplier of each weight
 
     def keys(self) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from longattn import arguments, ops
+from longattn import arguments, forked, ops
 from longattn.arguments import CacheShape
 from longattn.backends import registry
 from longattn.cache.rotation import Rotations
@@ -20,6 +21,8 @@ from longattn.rope import Rope
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
 
+_Arguments = ParamSpec("_Arguments")
+_Cache = TypeVar("_Cache", bound="Cache")
 _Result = TypeVar("_Result")
 
 
@@ -31,11 +34,35 @@ class Room(NamedTuple):
     release: Callable[[], None] | None = None  # undo what making room has done
 
 
+def in_turn(
+    method: Callable[Concatenate[_Cache, _Arguments], _Result],
+) -> Callable[Concatenate[_Cache, _Arguments], _Result]:
+    """Refuse a call while another one runs: each reads lengths first and counts the new tokens last."""
+
+    @functools.wraps(method)
+    def alone(cache: _Cache, *args: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
+        if torch.compiler.is_compiling():
+            return method(cache, *args, **keywords)
+        try:
+            turn = cache._turn.pop()  # in one step, whatever other threads do
+        except IndexError:
+            raise InvalidInput(
+                "cache", "one call at a time", "a call while another one runs, in another thread"
+            ) from None
+        try:
+            return method(cache, *args, **keywords)
+        finally:
+            cache._turn.append(turn)
+
+    return forked.on_one_thread(alone)
+
+
 class Cache(ABC):
     """Keys and values of one attention layer, for `batch` sequences of unequal lengths.
 
     A sequence is a number below `batch`. All start empty; `free` gives one back, and `fork` and `allocate` hand out
-    those given back. Every method either does what it says or raises and leaves the cache as it was.
+    those given back. Every method either does what it says or raises and leaves the cache as it was. One thread at a
+    time may use a cache: a call while another one runs is refused.
 
     Keys are stored rotated. Where the rotation of a key changes as the context grows (DynamicNTK, LongRoPE, and
     positions="cache") they are stored as they come and rotated whenever they are read.
@@ -74,6 +101,7 @@ class Cache(ABC):
         self._live = [True] * batch
         self._rope: Rope | None = None
         self._rotations = Rotations()
+        self._turn = [True]  # taken by the call that runs; a lock could be neither copied nor saved
         self._storage: Storage
 
     @property
@@ -101,6 +129,7 @@ class Cache(ABC):
         """Bytes of the slots."""
         return self._storage.nbytes
 
+    @in_turn
     def append(
         self,
         k: Tensor,
@@ -128,6 +157,7 @@ class Cache(ABC):
 
         self._run(rows, counts, rope, run)
 
+    @in_turn
     def allocate(self) -> int:
         """An empty sequence, out of those given back.
 
@@ -140,6 +170,7 @@ class Cache(ABC):
         self._live[sequence] = True
         return sequence
 
+    @in_turn
     def free(self, sequence: int) -> None:
         """Give a sequence back, and what only it holds.
 
@@ -151,6 +182,7 @@ class Cache(ABC):
         self._lengths[sequence] = 0
         self._live[sequence] = False
 
+    @in_turn
     def fork(self, source: int, target: int | None = None, *, length: int | None = None) -> int:
         """Make a sequence the continuation of another's first `length` tokens (all of them by default).
 
@@ -180,6 +212,7 @@ class Cache(ABC):
         self._lengths[target], self._live[target] = length, True
         return target
 
+    @in_turn
     def truncate(self, sequence: int, length: int) -> None:
         """Forget all but the first `length` tokens.
 
@@ -192,6 +225,7 @@ class Cache(ABC):
         self._drop(sequence, length)
         self._lengths[sequence] = length
 
+    @in_turn
     def accept(self, sequence: int, length: int, branch: Sequence[int]) -> None:
         """Keep, of the tokens past the first `length`, one branch of a draft tree.
 
@@ -216,6 +250,7 @@ class Cache(ABC):
         self._drop(sequence, length + len(chosen))
         self._lengths[sequence] = length + len(chosen)
 
+    @in_turn
     def reorder(self, index: Sequence[int]) -> None:
         """Sequence i becomes what sequence index[i] was: the step of a beam search.
 
@@ -231,6 +266,7 @@ class Cache(ABC):
         self._lengths = [self._lengths[sequence] for sequence in chosen]
         self._live = [True] * self.batch
 
+    @in_turn
     def reset(self) -> None:
         """Empty all sequences; those given back are in use again."""
         for sequence in range(self.batch):
@@ -238,6 +274,7 @@ class Cache(ABC):
                 self._drop(sequence, 0)
             self._lengths[sequence], self._live[sequence] = 0, True
 
+    @in_turn
     def read(self, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
         """(positions int64 [n], k [Hkv, n, D], v [Hkv, n, Dv]) of the tokens held, as stored; int8 as float32."""
         self._check_live(sequence)

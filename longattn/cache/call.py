@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from longattn import arguments, ops
 from longattn.arguments import Window
 from longattn.backends import registry
-from longattn.cache.base import Cache, Room
+from longattn.cache.base import Cache, Room, in_turn
 from longattn.errors import InvalidInput
 from longattn.redirection import refuse_elsewhere
 from longattn.rope import Rope
@@ -63,7 +64,8 @@ def attention_with_cache(
         out [B, Hq, T, Dv], laid out in memory as q, 0 where padded; with return_lse also lse [B, Hq, T], -inf there.
 
     Raises:
-        InvalidInput: an argument breaks the contract or does not fit the cache, or needs a gradient.
+        InvalidInput: an argument breaks the contract or does not fit the cache, or needs a gradient; or another call
+            on the cache runs, in another thread.
         CacheFull: no room for the new tokens.
         Unsupported: no backend, or not the named one, can run the call.
         After any exception the cache is as it was.
@@ -72,6 +74,41 @@ def attention_with_cache(
     if not isinstance(cache, Cache):
         raise InvalidInput("cache", "a KVCache, SlidingKVCache or PagedKVCache", type(cache).__name__)
     arguments.flag("return_lse", return_lse)
+    out, lse = _attend(
+        cache,
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window,
+        sinks=sinks,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sink_logits=sink_logits,
+        rope=rope,
+        positions=positions,
+        tree=tree,
+        lengths=lengths,
+        sequences=sequences,
+        backend=backend,
+    )
+    return (out, lse) if return_lse else out
+
+
+@in_turn
+def _attend(
+    cache: Cache,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    *,
+    rope: Rope | None,
+    lengths: Tensor | Sequence[int] | None,
+    sequences: Sequence[int] | None,
+    backend: str,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor]:
     rows = cache._rows(sequences)
     counts = arguments.new_lengths(lengths, len(rows), q)
     cache._check_rope(rope)
@@ -87,21 +124,12 @@ def attention_with_cache(
         shape,
         after,
         counts,
-        causal=causal,
-        window=window,
-        sinks=sinks,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sink_logits=sink_logits,
         rotation=rotation,
-        positions=positions,
-        tree=tree,
+        **keywords,
     )
     chosen = registry.select(problem, backend).name
 
     def run(room: Room) -> tuple[Tensor, Tensor]:
         return ops.attention_with_cache(tensors, room.slots, problem, chosen)
 
-    out, lse = cache._run(rows, appended, rope, run)
-    return (out, lse) if return_lse else out
+    return cache._run(rows, appended, rope, run)

@@ -5,11 +5,12 @@
 //   dV += P dO, dK += dS Q                        [keys, width]
 //   dQ += dS^T K                                  [64, width], added in the order of key blocks: see Turn
 //
-// with delta_i = rowsum(dO_i O_i) - dLSE_i, and a S the scores in natural units (scores.h). No weight exceeds 1, but
-// rounding may put the lse of huge scores, as those of a mask of -1e30, far below them.
+// with delta_i = rowsum(dO_i O_i) - dLSE_i, and a S the scores in natural units (scores.h). The lse of huge scores, as
+// those of a row that a mask of -1e30 hides all along, has no digits left for the number of keys: there each weight
+// would be 1. So rows with a large lse are summed once more, and weights multiplied by 1 / sum.
 #pragma once
 
-#include "cpu/kernels/forward.h"
+#include "cpu/kernels/decode.h"
 
 namespace longattn {
 namespace {
@@ -68,11 +69,22 @@ inline T dot(const T* a, const T* b, int64_t n) {
   return sum;
 }
 
+// A larger lse is off by more than 2^-14.
 template <class T>
-void delta_tile(const AttentionParams& p, const QueryTile& tile) {
+constexpr double kLargeLse = sizeof(T) == 8 ? 549755813888.0 : 1024.0;
+
+template <class T>
+inline bool is_large(T lse) {
+  const T size = lse < T(0) ? -lse : lse;
+  return size > T(kLargeLse<T>) && size != T(kInfinity);
+}
+
+template <class T>
+bool delta_tile(const AttentionParams& p, const QueryTile& tile) {
   const int64_t group = p.q_heads / p.kv_heads;
   const Panel panel{&p, tile.sequence, tile.kv_head, group, tile.first_query * group, tile.queries * group, {}};
   T out[kMaxWidth], dout[kMaxWidth];
+  bool large = false;
   for (int64_t r = 0; r < panel.rows; ++r) {
     const Row row = locate(panel, r);
     load_row(row_address(p.out, p.dtype, tile.sequence.row, row.head, row.token), p.dtype, p.v_head_dim, out);
@@ -81,7 +93,9 @@ void delta_tile(const AttentionParams& p, const QueryTile& tile) {
     T delta = dot(out, dout, p.v_head_dim);
     if (p.dlse) delta -= reinterpret_cast<const T*>(p.dlse)[index];
     *at<T>(p.delta, index) = delta;
+    large |= is_large<T>(*at<T>(p.lse, index));
   }
+  return large;
 }
 
 // Where each of 64 lanes stands in the softmax. Lanes that see nothing, or hold no row, have lse +inf, so that P is 0.
@@ -89,16 +103,21 @@ template <class T>
 struct LaneSoftmax {
   alignas(64) T lse[kPanelRows];
   alignas(64) T delta[kPanelRows];
+  alignas(64) T share[kPanelRows];
+  bool shares = false;
 
   explicit LaneSoftmax(const Panel& panel) {
     for (int64_t r = 0; r < kPanelRows; ++r) {
       lse[r] = T(kInfinity);
       delta[r] = T(0);
+      share[r] = T(1);
       if (r >= panel.rows) continue;
       const int64_t index = row_index(panel, locate(panel, r));
       const T found = *at<T>(panel.params->lse, index);
       if (found != T(-kInfinity)) lse[r] = found;
       delta[r] = *at<T>(panel.params->delta, index);
+      if (panel.params->shares) share[r] = *at<T>(panel.params->shares, index);
+      shares |= share[r] != T(1);
     }
   }
 };
@@ -124,6 +143,13 @@ inline void differentiate(const Panel& panel, int64_t base, int64_t keys, const 
       const Vec<T> dscore = weight * (dweight - load<T>(lanes.delta + n));
       store<T>(scratch.scores + at, weight);
       store<T>(scratch.dscores + at, weight == Vec<T>{} ? Vec<T>{} : dscore);  // 0 times NaN or inf is no gradient
+    }
+  if (!lanes.shares) return;
+  for (int64_t j = 0; j < keys; ++j)
+    for (int n = 0; n < kPanelRows; n += W) {
+      const int64_t at = j * kPanelRows + n;
+      store<T>(scratch.scores + at, load<T>(scratch.scores + at) * load<T>(lanes.share + n));
+      store<T>(scratch.dscores + at, load<T>(scratch.dscores + at) * load<T>(lanes.share + n));
     }
 }
 
@@ -206,6 +232,80 @@ inline void load_queries_and_gradients(const Panel& panel, const BackwardScratch
   Operands::right_of_transposed_rows(scratch.dout_rows, p.v_head_dim, scratch.douts, scratch.staging);
 }
 
+// S of keys that lie in a left operand from row `skip` on, with the rounding that the forward's had.
+template <class Operands, class T = typename Operands::Sum>
+inline void score_panel(const Panel& panel, int64_t keys, Left<typename Operands::Operand> left, int64_t skip,
+                        const BackwardScratch<Operands>& scratch) {
+  const int64_t columns = panel.params->head_dim, few = Operands::kPlain ? first_of_few(panel) : panel.rows;
+  if (few > 0)
+    Operands::left_times_panel(keys, kPanelRows, columns, left, skip, scratch.queries, scratch.scores);
+  else
+    std::memset(scratch.scores, 0, keys * kPanelRows * sizeof(T));
+  if constexpr (Operands::kPlain)
+    if (few < panel.rows)
+      few_dot_products<T>(panel, few, keys, left.rows + skip * left.stride, left.stride, scratch.query_rows,
+                          row_width(columns), scratch.scores);
+}
+
+// 1 / sum P of the rows whose lse is large. A sum below 1 is left: of a block of an attention it is less.
+template <class Operands>
+void shares_tile(const AttentionParams& p, const QueryTile& tile, char* memory) {
+  using T = typename Operands::Sum;
+  constexpr int W = kWidth<T>;
+  const Sequence& s = tile.sequence;
+  const BackwardScratch<Operands> scratch(p, memory);
+  [[maybe_unused]] const typename Operands::Registers registers;
+  const int64_t group = p.q_heads / p.kv_heads, rows = tile.queries * group;
+  const T natural = static_cast<T>(score_scale(p).natural);
+  for (int64_t start = 0; start < rows; start += kPanelRows) {
+    const Panel panel =
+        make_panel(p, s, tile.kv_head, group, tile.first_query * group + start, smaller(kPanelRows, rows - start));
+    alignas(64) T lse[kPanelRows], total[kPanelRows] = {};
+    bool large = false;
+    for (int64_t r = 0; r < kPanelRows; ++r) {
+      lse[r] = T(kInfinity);
+      if (r >= panel.rows) continue;
+      const int64_t index = row_index(panel, locate(panel, r));
+      *at<T>(p.shares, index) = T(1);
+      if (!is_large<T>(*at<T>(p.lse, index))) continue;
+      lse[r] = *at<T>(p.lse, index);
+      large = true;
+    }
+    if (!large) continue;
+    load_panel<T>(panel, p.q, p.head_dim, row_width(p.head_dim), static_cast<T>(score_scale(p).query), turns_queries(p),
+                  scratch.query_rows);
+    Operands::right_of_transposed_rows(scratch.query_rows, p.head_dim, scratch.queries, scratch.staging);
+    const PanelRange& range = panel.range;
+    for (int segment = 0; segment < 2; ++segment) {
+      const int64_t first_key = segment == 0 ? range.sinks_start : range.start;
+      const int64_t last_key = segment == 0 ? range.sinks_stop : range.stop;
+      for (int64_t first = first_key; first < last_key; first += kKeyBlock) {
+        const int64_t keys = smaller(kKeyBlock, last_key - first);
+        const auto left = Operands::load_left(p, s, tile.kv_head, p.k, first, keys, p.head_dim, turns_keys(p),
+                                              scratch.keys, scratch.staging);
+        score_panel<Operands>(panel, keys, left, 0, scratch);
+        if (adjusts(p)) adjust<T>(panel, first, keys, scratch.scores, nullptr);
+        hide<T>(panel, first, keys, scratch.scores);
+        for (int64_t j = 0; j < keys; ++j)
+          for (int n = 0; n < kPanelRows; n += W) {
+            const Vec<T> score = load<T>(scratch.scores + j * kPanelRows + n) * natural;
+            const Vec<T> log = minimum<T>(Vec<T>{}, score - load<T>(lse + n));
+            store<T>(total + n, load<T>(total + n) + exp2<T, Operands::kExpTerms>(log * T(kLog2e)));
+          }
+      }
+    }
+    for (int64_t r = 0; r < panel.rows; ++r) {
+      if (lse[r] == T(kInfinity)) continue;
+      const Row row = locate(panel, r);
+      if (p.sink_logits) {
+        const T log = reinterpret_cast<const T*>(p.sink_logits)[row.head] - lse[r];
+        total[r] += static_cast<T>(::exp(static_cast<double>(log < T(0) ? log : T(0))));
+      }
+      if (total[r] > T(1)) *at<T>(p.shares, row_index(panel, row)) = T(1) / total[r];
+    }
+  }
+}
+
 template <class Operands>
 void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& turn, char* memory) {
   using T = typename Operands::Sum;
@@ -237,7 +337,7 @@ void backward_tile(const AttentionParams& p, const KeyTile& tile, const Turn& tu
     if (!keys_in_block(panel.range, first, last, &from, &to)) continue;
     const int64_t keys = to - from, skip = from - first;
     load_queries_and_gradients<Operands>(panel, scratch);
-    Operands::left_times_panel(keys, kPanelRows, p.head_dim, block_keys, skip, scratch.queries, scratch.scores);
+    score_panel<Operands>(panel, keys, block_keys, skip, scratch);
     Operands::left_times_panel(keys, kPanelRows, p.v_head_dim, block_values, skip, scratch.douts, scratch.dscores);
     differentiate<Operands>(panel, from, keys, scratch);
     alignas(64) T dslopes[kPanelRows] = {};
@@ -307,7 +407,7 @@ void bias_tile(const AttentionParams& p, const BiasTile& tile, char* memory) {
                                                      scratch.keys, scratch.staging);
           const auto left_values = Operands::load_left(p, s, head / group, p.v, from, keys, p.v_head_dim, false,
                                                        scratch.values, scratch.staging);
-          Operands::left_times_panel(keys, kPanelRows, p.head_dim, left_keys, 0, scratch.queries, scratch.scores);
+          score_panel<Operands>(panel, keys, left_keys, 0, scratch);
           Operands::left_times_panel(keys, kPanelRows, p.v_head_dim, left_values, 0, scratch.douts, scratch.dscores);
           differentiate<Operands>(panel, from, keys, scratch);
           T* to_sums = sums + (from - first_key) * kPanelRows;

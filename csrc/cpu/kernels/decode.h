@@ -333,5 +333,26 @@ inline bool has_few_rows(const AttentionParams& p, const QueryTile& tile) {
   return tile.queries * (p.q_heads / p.kv_heads) <= kFewRows && p.dropout_p == 0;
 }
 
+// The first row of a panel that decode_tile has computed; it and all after it are of the last tile.
+inline int64_t first_of_few(const Panel& panel) {
+  const AttentionParams& p = *panel.params;
+  const int64_t queries = panel.sequence.lq, first = (queries - 1) / queries_of_tile(p) * queries_of_tile(p);
+  if (!has_few_rows(p, {panel.sequence, panel.kv_head, first, queries - first})) return panel.rows;
+  return smaller(panel.rows, larger(0, first * panel.group - panel.first_row));
+}
+
+// Products of keys with the rows of a panel from `first` on, as decode_tile has them: a weight is exp(score - lse), and
+// would be off by all that two ways to sum a score differ by.
+template <class T>
+inline void few_dot_products(const Panel& panel, int64_t first, int64_t keys, const T* rows, int64_t stride,
+                             const T* queries, int64_t width, T* scores) {
+  Block block;
+  block.keys = keys;
+  for (int64_t j = 0; j < keys + kSpare; ++j)
+    block.rows[j] = block.ahead[j] = reinterpret_cast<const char*>(rows + smaller(j, keys - 1) * stride);
+  for (int64_t r = first; r < panel.rows; ++r)
+    dot_products<Plain<T>, 1>(block, width, queries + r * width, width, scores + r);
+}
+
 }  // namespace
 }  // namespace longattn

@@ -42,8 +42,8 @@ constexpr int kRegisterRows = 5;  // GCC loads the units of all rows before it m
 constexpr int kRegisterRows = 6;
 #endif
 
-// How sums run along the depth. One chain rounds every term to the size of the sum so far; parts of kPartTerms terms, each
-// summed by itself, round to the size of a part.
+// How sums run along the depth. One chain rounds every term to the size of the sum so far; parts of kPartTerms terms,
+// each summed by itself, round to the size of a part.
 enum class Sums { kChain, kParts };
 constexpr int64_t kPartTerms = 64;
 

@@ -44,7 +44,8 @@ struct FloatOperands {
   using Sum = T;
   using Operand = T;
   using Dot = FusedMultiplyAdd<T>;
-  struct Registers {};  // to be set up before products
+  struct Registers {};                  // to be set up before products
+  static constexpr bool kPlain = true;  // a row of a left is a row of numbers of the accumulation type
   static constexpr int kExpTerms = kFullTerms<T>;
   static constexpr int64_t kStep = kKeyBlock;  // keys of one step of the forward
   static constexpr int64_t kScoreRows = kKeyRows;
@@ -117,6 +118,7 @@ struct BFloat16Operands {
   using Sum = float;
   using Operand = uint16_t;
   using Registers = TileRegisters;
+  static constexpr bool kPlain = false;
   static constexpr int kExpTerms = 5;
   static constexpr int64_t kStep = 32;
   static constexpr int64_t kScoreRows = kStep;

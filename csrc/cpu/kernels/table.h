@@ -46,8 +46,12 @@ void forward_merge(const AttentionParams& p, const QueryTile& tile, const char* 
                              : merge_tile<float>(p, tile, partials, pieces);
 }
 
-void backward_delta(const AttentionParams& p, const QueryTile& tile) {
-  p.dtype == DType::kFloat64 ? delta_tile<double>(p, tile) : delta_tile<float>(p, tile);
+bool backward_delta(const AttentionParams& p, const QueryTile& tile) {
+  return p.dtype == DType::kFloat64 ? delta_tile<double>(p, tile) : delta_tile<float>(p, tile);
+}
+
+void backward_shares(const AttentionParams& p, const QueryTile& tile, char* scratch) {
+  with_operands(p.dtype, [&](auto o) { shares_tile<decltype(o)>(p, tile, scratch); });
 }
 
 int64_t backward_scratch(const AttentionParams& p) {
@@ -98,9 +102,10 @@ void rope(const RopeParams& p, const Angles& tables, int64_t batch, int64_t head
 
 namespace LONGATTN_TARGET {
 extern const Kernels table;
-const Kernels table = {multiplies,       forward_scratch, forward,         forward_merge, backward_delta,
-                       backward_scratch, backward,        backward_finish, backward_bias, burst,
-                       append_scratch,   append,          angles,          rope_scratch,  rope};
+const Kernels table = {multiplies,      forward_scratch,  forward,         forward_merge,
+                       backward_delta,  backward_scratch, backward_shares, backward,
+                       backward_finish, backward_bias,    burst,           append_scratch,
+                       append,          angles,           rope_scratch,    rope};
 }  // namespace LONGATTN_TARGET
 
 }  // namespace longattn

@@ -98,6 +98,7 @@ struct AttentionParams {
   Tensor4 dout, dq, dk, dv;     // dq, dk, dv may be nullptr
   const char* dlse = nullptr;   // as lse, may be nullptr
   char* delta = nullptr;        // workspace as lse
+  char* shares = nullptr;       // as lse, of the call itself: what weights by lse are multiplied by; nullptr: 1
   Tensor4 dq_sum;               // accumulation type, zeroed; may be dq itself
   char* dslope_rows = nullptr;  // as lse, zeroed: each query's part of the gradient of its head's slope; may be nullptr
   Bias dbias;  // accumulation type, zeroed, of bias's shape: its stride is 0 where bias is broadcast; may be nullptr
