@@ -98,6 +98,8 @@ def check_backward(
     device, rows = tensors.q.device, tuple(tensors.q.shape[:3])
     for name, x in results:
         wide = name in ("out", "dout")
+        if x is None and name != "dlse":
+            raise InvalidInput(name, "a tensor", "None")
         _expect(
             name,
             x,
@@ -155,6 +157,7 @@ def check_cache(tensors: CacheTensors, slots: Slots, problem: Problem, backend: 
         if x is not None:
             _expect_unit_stride(name, x)
     by_query = ((p.nq,), (p.batch, p.nq))
+    check_dims((("key_lens", t.key_lens), ("query_lens", t.query_lens)), 1)
     _expect("key_lens", t.key_lens, _INT32, ((p.batch,),), device)
     _expect("query_lens", t.query_lens, _INT32, ((p.batch,),), device)
     _expect("alibi_slopes", t.alibi_slopes, _FLOATING, ((p.q_heads,), (p.batch, p.q_heads)), device)
@@ -175,8 +178,10 @@ def check_cache(tensors: CacheTensors, slots: Slots, problem: Problem, backend: 
 
 def check_rope(x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, backend: str) -> None:
     """Check the operands of `rope`; raises as `check_attention`."""
-    if x.dim() != 4:
-        raise InvalidInput("x", "a tensor [B, H, N, D]", _told(x))
+    check_dims((("x", x),), 4)
+    check_dims((("inv_freq", inv_freq),), 1)
+    if positions is None:
+        raise InvalidInput("positions", "a tensor", "None")
     batch, _, n, width = x.shape
     _expect("x", x, _FLOATING, (tuple(x.shape),), x.device)
     _expect_frequencies(inv_freq, width, (), x.device)
@@ -188,10 +193,10 @@ def check_rope(x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, ba
         raise Unsupported("rope", {backend: [missing]})
 
 
-def check_dims(tensors: Sequence[tuple[str, Tensor]], dims: int) -> None:
-    """Check ranks before sizes are read off shapes."""
+def check_dims(tensors: Sequence[tuple[str, Tensor | None]], dims: int) -> None:
+    """Check ranks before sizes are read off shapes; the dispatcher hands on None in place of a tensor."""
     for name, x in tensors:
-        if x.dim() != dims:
+        if x is None or x.dim() != dims:
             raise InvalidInput(name, f"a tensor of {dims} dimensions", _told(x))
 
 

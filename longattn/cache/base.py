@@ -40,15 +40,13 @@ def in_turn(
     """Refuse a call while another one runs: each reads lengths first and counts the new tokens last."""
 
     @functools.wraps(method)
-    def alone(cache: _Cache, *args: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
+    def alone(cache: _Cache, /, *args: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
         if torch.compiler.is_compiling():
             return method(cache, *args, **keywords)
         try:
             turn = cache._turn.pop()  # in one step, whatever other threads do
         except IndexError:
-            raise InvalidInput(
-                "cache", "one call at a time", "a call while another one runs, in another thread"
-            ) from None
+            raise InvalidInput("cache", "one call at a time", "a call while another thread's runs") from None
         try:
             return method(cache, *args, **keywords)
         finally:

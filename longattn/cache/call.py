@@ -99,6 +99,7 @@ def attention_with_cache(
 @in_turn
 def _attend(
     cache: Cache,
+    /,
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,

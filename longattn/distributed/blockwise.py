@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from longattn.distributed.partial import Outputs, QueryGradients
 from longattn.distributed.whole import Whole
+from longattn.problem import Tensors
 
 
 class Schedule(Protocol):
@@ -53,7 +55,7 @@ class _Blockwise(torch.autograd.Function):
         # Saved for no other reason than to differ from `longattn.attention` in how much is saved: a checkpoint that
         # computes a layer again, outside the context that made it parallel, then notices.
         marks = q.new_empty(0), q.new_empty(0)
-        ctx.save_for_backward(q, k, v, sink_logits, out, outputs.lse, *marks, *kept)
+        ctx.save_for_backward(q, k, v, sink_logits, out, outputs.lse, *marks, *whole.tensors, *kept)
         ctx.call = whole, schedule
         ctx.set_materialize_grads(False)
         return out, outputs.lse
@@ -63,6 +65,8 @@ class _Blockwise(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         whole, schedule = ctx.call
         q, k, v, sink_logits, out, lse, _, _, *kept = ctx.saved_tensors
+        count = len(Tensors._fields)
+        whole, kept = replace(whole, tensors=Tensors(*kept[:count])), kept[count:]
         # Even without a gradient of its own a rank takes part: others wait for its keys.
         dout = torch.zeros_like(out) if dout is None else dout
         slopes = ctx.needs_input_grad[6]

@@ -132,7 +132,8 @@ class Whole:
             ends = [min(start, block.queries.stop) - block.queries.start for start in starts]
             cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=q.device)
             longest = max(stop - start for start, stop in zip(ends, ends[1:], strict=False))
-        lo, hi = (None if x is None else x[..., mine] - block.keys.start for x in (whole.lo, whole.hi))
+        # No key is before 0: a bound far below would wrap around.
+        lo, hi = (None if x is None else x[..., mine].clamp(min=0) - block.keys.start for x in (whole.lo, whole.hi))
         first = block.queries.start - block.keys.start
         tensors = Tensors(
             q,
