@@ -457,7 +457,7 @@ def _jvp_impl(*args: Any) -> tuple[Tensor, Tensor]:
 def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
     """The operator one level down: the kernel, or an outer derivative of torch.func, which reads the grad modes."""
     with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
-        if forward_ad._current_level < 0:
+        if not _may_have_tangents():
             return op(*args)
         with forward_ad._set_fwd_grad_enabled(True):
             return op(*args)
@@ -596,7 +596,7 @@ def _autograd(function: type[torch.autograd.Function], op: Any, tangents_of: Any
 
     def kernel(*args: Any) -> Any:
         _offer_formulas()
-        if forward_ad._current_level >= 0:
+        if _may_have_tangents():
             primals, tangents = _unpack_duals(args)
             if tangents:
                 _check_tangents(op, tangents, None if tangents_of is None else places)
@@ -620,12 +620,17 @@ def _autograd(function: type[torch.autograd.Function], op: Any, tangents_of: Any
     return kernel
 
 
+def _may_have_tangents() -> bool:
+    """Whether forward mode is on, or may be: a compiled torch.func.jvp enters it without telling torch.autograd."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def _unpack_duals(args: tuple[Any, ...]) -> tuple[list[Any], dict[int, Tensor]]:
     """The arguments without tangents, and the tangents by position."""
     primals, tangents = list(args), {}
     for at, x in enumerate(args):
         if isinstance(x, Tensor):
-            primal, tangent = forward_ad.unpack_dual(x)
+            primal, tangent = torch._VF._unpack_dual(x, level=0)
             if tangent is not None:
                 primals[at], tangents[at] = primal, tangent
     return primals, tangents
@@ -634,9 +639,9 @@ def _unpack_duals(args: tuple[Any, ...]) -> tuple[list[Any], dict[int, Tensor]]:
 def _duals(results: Any, tangents: Any) -> Any:
     """The results with their tangents, None for those that have none."""
     if isinstance(results, Tensor):
-        return forward_ad.make_dual(results, tangents)
+        return torch._VF._make_dual(results, tangents, level=0)
     pairs = zip(results, tangents, strict=True)
-    return tuple(x if tangent is None else forward_ad.make_dual(x, tangent) for x, tangent in pairs)
+    return tuple(x if tangent is None else torch._VF._make_dual(x, tangent, level=0) for x, tangent in pairs)
 
 
 def _check_tangents(op: Any, tangents: dict[int, Tensor], places: Sequence[int] | None) -> None:

@@ -175,11 +175,6 @@ def test_bad_input(case: str) -> None:
     assert raised.value.argument == argument
 
 
-def test_meta_tensors_are_unsupported() -> None:
-    with pytest.raises(longattn.Unsupported):
-        longattn.apply_rope(X.to("meta"), Rope(4))
-
-
 def test_every_small_size() -> None:
     for heads, n, width in itertools.product(range(3), range(4), range(2, 6)):
         check(torch.randn(1, heads, n, width), Rope(2), None, "auto")

@@ -130,6 +130,16 @@ def test_torch_func() -> None:
         torch.testing.assert_close(got, jvp(f, (x,), (x,))[1], **close)
 
 
+def test_compiled() -> None:
+    q, k, v = random_qkv(1, (2, 1), (4, 5), (4, 3), F64)
+
+    def along(q: Tensor, t: Tensor) -> Any:
+        return jvp(lambda q: longattn.attention(longattn.apply_rope(q, Rope(4)), k, v, causal=True), (q,), (t,))
+
+    compiled = torch.compile(along, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, q + 1), along(q, q + 1), rtol=1e-12, atol=1e-12)
+
+
 def test_reverse_over_forward() -> None:
     """The gradient of a directional derivative, with respect to the inputs and to the direction."""
     tensors = random_qkv(1, (2, 1), (4, 5), (4, 3), F64)
