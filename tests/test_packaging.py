@@ -113,7 +113,7 @@ COMPILERS = {
     "fails": ("#!/bin/sh\necho 'sorry, no licence'; exit 3", "cxx ended with exit status 3: sorry, no licence"),
     "does nothing": ("#!/bin/sh\nexit 0", "cxx: it compiles without an error, and writes no object"),
     "knows no C++17": (
-        "#!/bin/sh\necho 'In file included from error.h:1:'; echo 'a.cpp:1:2: error: no optional'; echo '1 error generated.'\n"
+        "#!/bin/sh\necho 'In file included from error.h:1:'; echo 'a.cpp:1:2: error: no optional'; echo '1 error'\n"
         'case "$1" in --version) exit 0;; *) exit 1;; esac',
         "a.cpp:1:2: error: no optional",
     ),
