@@ -17,6 +17,8 @@ from click.testing import CliRunner
 from longattn import InvalidInput, Unsupported
 from longattn.cli import main
 from longattn.cli.output import drawable, make_console, message, plain
+from longattn.models import Decoder, TransformerConfig
+from longattn.training.checkpoint import Checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 LATIN = os.fsdecode(b"caf\xe9")  # a file's name that is not UTF-8
@@ -56,6 +58,20 @@ def test_arguments_that_are_not_utf8() -> None:
     for encoding in ("ascii", "utf-8"):
         result = CliRunner(charset=encoding).invoke(main, ["plan", "--model", LATIN])
         assert result.exit_code == 1 and "caf\\xe9" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_files_whose_names_are_not_utf8(tmp_path: Path) -> None:
+    model = Decoder(TransformerConfig(dim=32, layers=1, heads=2, max_length=32))
+    (tmp_path / LATIN).mkdir()
+    saved = tmp_path / LATIN / LATIN
+    save_checkpoint(saved, Checkpoint(model.config, model.state_dict()))
+    assert list(saved.parent.iterdir()) == [saved]
+    command = ["eval", str(saved), "--lengths", "32", "--tasks", "loss", "--text", str(tmp_path / "text")]
+    (tmp_path / "text").write_text("alpha beta gamma " * 20)
+    result = CliRunner(charset="ascii").invoke(main, [*command, "--out", str(tmp_path / LATIN / "out")])
+    assert result.exit_code == 0, result.output
+    written = {path.name: path.read_bytes() for path in (tmp_path / LATIN / "out").iterdir()}
+    assert b"caf\\xe9" in written["report.md"] and written["loss_by_position.png"].startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_windows_send_less() -> None:
 
 def test_the_time_of_a_plan_is_bounded() -> None:
     """A ring of more ranks takes longer to plan; layers that are alike are planned once."""
-    assert plan(MODELS["llama-8b-sliding"], 15_000_000, 2048, H100).schedule == "halo+ring"
+    assert plan(MODELS["llama-8b-sliding"], 100_000_000, 2048, H100).schedule == "halo+ring"
     for gpus in (0, 2049, 10**6, 10**30):
         for call in (plan, lambda *arguments: can_run(*arguments[:3], "ring")):
             with pytest.raises(InvalidInput, match=r"gpus: expected an int in \[1, 2048\]"):
