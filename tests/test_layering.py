@@ -172,13 +172,58 @@ def test_what_is_allowed_passes(source: str, module: str, package: str) -> None:
     assert violations(source, module, package) == []
 
 
+def run(program: str) -> str:
+    """What a Python process of its own prints."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_importing_the_package_loads_nothing_heavy() -> None:
     # Of what importing longattn adds: torch itself may load some of these.
     program = "import sys, torch; before = set(sys.modules); import longattn; print(*set(sys.modules) - before)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=PACKAGE.parent, check=True
-    )
-    added = set(done.stdout.split())
+    added = set(run(program).split())
     slow_parts_of_torch = {"torch._dynamo", "torch._inductor"}
     assert {name.split(".")[0] for name in added} & HEAVY == set()
     assert added & slow_parts_of_torch == set()
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    program = (
+        "import signal, sys\n"
+        "import longattn\n"
+        "assert set(longattn.__all__) <= set(dir(longattn)) and longattn.InvalidInput.__name__ == 'InvalidInput'\n"
+        "import longattn.cli\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+        "print(*sys.modules)"
+    )
+    assert {name.split(".")[0] for name in run(program).split()} & (HEAVY | {"torch", "numpy"}) <= {"click"}
+
+
+@pytest.mark.parametrize("imports", ["import longattn\nimport torch", "import torch\nimport longattn"])
+def test_the_operators_exist_once_longattn_and_torch_are_imported(imports: str) -> None:
+    program = (
+        f"{imports}\n"
+        "print(torch.ops.longattn.attention.default)\n"
+        "import importlib.util, pathlib, sys\n"
+        "assert importlib.util.find_spec('torch').origin == torch.__file__ and torch.__loader__.get_source('torch')\n"
+        "assert not any(type(finder).__module__.startswith('longattn') for finder in sys.meta_path)"
+    )
+    assert run(program).strip() == "longattn.attention.default"
+
+
+def test_public_names_load_on_first_use() -> None:
+    import pickle
+
+    import longattn
+
+    names: dict[str, object] = {}
+    exec("from longattn import *", names)
+    assert set(longattn.__all__) <= set(names)
+    for name in longattn.__all__:
+        assert getattr(longattn, name) is names[name]
+    assert pickle.loads(pickle.dumps(longattn.attention)) is longattn.attention
+    assert longattn.problem.__name__ == "longattn.problem"  # a module that is not among the public names
+    for name in ("_nothing", "nothing", "attn"):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
+            getattr(longattn, name)

@@ -44,7 +44,9 @@ def test_installed_metadata_matches_the_package() -> None:
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("longattn runs from the checkout without being installed")
     assert installed.version == __version__
-    assert [script.value for script in installed.entry_points if script.name == "longattn"] == ["longattn.cli:main"]
+    assert [script.value for script in installed.entry_points if script.name == "longattn"] == [
+        "longattn.__main__:main"
+    ]
 
 
 def test_the_types_are_public() -> None:
@@ -104,6 +106,61 @@ def test_install_without_a_compiler_says_why(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("longattn._build_info._RECORD", package / "_build.json")
     assert build_info().reason == record["reason"]
+
+
+COMPILERS = {
+    "missing": ("/nonexistent/c++", "/nonexistent/c++: not found"),
+    "fails": ("#!/bin/sh\necho 'sorry, no licence'; exit 3", "cxx ended with exit status 3: sorry, no licence"),
+    "does nothing": ("#!/bin/sh\nexit 0", "cxx: it compiles without an error, and writes no object"),
+    "knows no C++17": (
+        "#!/bin/sh\necho 'In file included from error.h:1:'; echo 'a.cpp:1:2: error: no optional'; echo '1 error'\n"
+        'case "$1" in --version) exit 0;; *) exit 1;; esac',
+        "a.cpp:1:2: error: no optional",
+    ),
+    "quotes that do not close": ("c++ '", "No closing quotation"),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILERS)
+def test_the_record_says_why_no_compiler_worked(tmp_path: Path, kind: str) -> None:
+    compiler, reason = COMPILERS[kind]
+    if compiler.startswith("#!"):
+        script = tmp_path / "cxx"
+        script.write_text(compiler)
+        script.chmod(0o755)
+        compiler = str(script)
+    library = tmp_path / "lib"
+    done = setup_py("build_ext", "--build-lib", str(library), "--build-temp", str(tmp_path / "temp"), CXX=compiler)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    record = json.loads((library / "longattn" / "_build.json").read_text(encoding="utf-8"))
+    assert record["reason"] == f"no C++ compiler works: {reason}" and record["targets"] == []
+
+
+def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out_alone(tmp_path: Path) -> None:
+    """A compiler that refuses the flags of AVX-512 and whose objects are empty."""
+    script = tmp_path / "cxx"
+    script.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *-mavx512bf16*) echo "error: unknown argument: -mavx512bf16"; exit 1;; esac\n'
+        'case "$1" in -dumpmachine) echo x86_64-linux-gnu; exit 0;; esac\n'
+        'while [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n'
+    )
+    script.chmod(0o755)
+    library = tmp_path / "lib"
+    done = setup_py("build_ext", "--build-lib", str(library), "--build-temp", str(tmp_path / "temp"), CXX=str(script))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((library / "longattn" / "_build.json").read_text(encoding="utf-8"))
+    assert record["targets"] == ["baseline", "avx2", "avx512"] and record["dropped"] == ["avx512_bf16", "amx_bf16"]
+
+
+def test_a_module_that_is_gone_is_not_packed_again(tmp_path: Path) -> None:
+    library = tmp_path / "lib"
+    gone = library / "longattn" / "gone.py"
+    gone.parent.mkdir(parents=True)
+    gone.touch()
+    done = setup_py("egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(library))
+    assert done.returncode == 0, done.stderr
+    assert not gone.exists() and (library / "longattn" / "cli" / "__init__.py").is_file()
 
 
 def test_install_without_a_compiler_fails_where_the_kernels_are_required(tmp_path: Path) -> None:

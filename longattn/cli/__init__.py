@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any
 
 import click
@@ -34,7 +33,7 @@ class _Commands(click.Group):
             output.echo("Interrupted.", error=True)
             raise click.exceptions.Exit(130) from None
         except Exception as error:
-            if os.environ.get("LONGATTN_TRACEBACK", "0") not in ("", "0"):
+            if output.shows_tracebacks():
                 raise
             raise output.Failure(output.message(error)) from error
 

@@ -14,6 +14,7 @@ from longattn.evaluation import Cost, LossByPosition
 from longattn.files import replaced
 from longattn.training import TrainingResult
 
+_LOST_WITHOUT, _LOST_TUNED = 0.3, 0.05  # nats per byte at the far end: what a demo shows when it has trained enough
 _POINTS_PER_CONTEXT = 4  # of the plot, within the trained length
 
 
@@ -72,6 +73,30 @@ def print_far_end(console: Console, readings: Sequence[Reading], context: int) -
         table.add_row(reading.name, f"{loss:.3f}", f"{loss - at_trained_length:+.3f}", f"{loss - same_bytes:+.3f}")
     console.print("\nThe far end, against the loss at the trained length, and against the same bytes read in pieces")
     console.print(table)
+
+
+def shortfall(readings: Sequence[Reading], context: int, steps: Sequence[int]) -> str | None:
+    """Return why the far end does not show what extension gains, or None if it does.
+
+    Args:
+        readings: in the demo's order: in pieces, without extension, YaRN, YaRN after its fine-tuning.
+        context: the trained length.
+        steps: of training and of fine-tuning.
+    """
+    length = readings[0].loss.losses.shape[1]
+    in_pieces, without, _, tuned = (reading.loss.bucket(length - length // 4, length).loss for reading in readings[:4])
+    wrong = []
+    if not without - in_pieces >= _LOST_WITHOUT:
+        wrong.append(f"the model without extension loses {without - in_pieces:.3f}, not {_LOST_WITHOUT} or more")
+    if not tuned - in_pieces <= _LOST_TUNED:
+        wrong.append(f"the fine-tuned one loses {tuned - in_pieces:.3f}, not {_LOST_TUNED} or less")
+    if not wrong:
+        return None
+    return (
+        f"Too few steps ({steps[0]:,} of training, {steps[1]:,} of fine-tuning) to show what extension gains: at the "
+        f"far end, {' and '.join(wrong)} (nats per byte, against {context} bytes at a time). A faster or less busy "
+        "machine takes more steps in the same time."
+    )
 
 
 def print_attention(console: Console, rows: Sequence[AttentionRow], length: int) -> None:

@@ -19,6 +19,7 @@ from longattn.cli.output import echo, make_console
 from longattn.errors import InvalidInput
 from longattn.models import Decoder, GenerationConfig, Sampling, beam_search, stream
 from longattn.models.generation.text import Decode
+from longattn.training.text_files import read_text
 
 __all__ = ["generate"]
 
@@ -155,24 +156,24 @@ def _texts(prompts: Sequence[str], files: Sequence[Path]) -> list[str]:
     texts = []
     for text in asked:
         if text == "-":
-            text = _decoded("standard input", sys.stdin.buffer.read())
+            text = _decoded(sys.stdin.buffer.read())
             if not text and reads_input:
                 raise InvalidInput("PROMPTS", "at least one text, --file, or a text on standard input", "none")
         _check_text("PROMPTS", text)
         texts.append(text)
-    texts += [_decoded(str(file), file.read_bytes()) for file in files]
+    texts += [read_text(file) for file in files]
     if not texts:
         raise InvalidInput("PROMPTS", "at least one text, --file, or a text on standard input", "none")
     return texts
 
 
-def _decoded(name: str, data: bytes) -> str:
-    """The text of a file, in UTF-8; any line end becomes a newline."""
+def _decoded(data: bytes) -> str:
+    """The text on standard input, read as a file of texts is: UTF-8, and any line end becomes a newline."""
     try:
         return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         got = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise InvalidInput(name, "a text in UTF-8", got) from error
+        raise InvalidInput("standard input", "a text in UTF-8", got) from error
 
 
 def _check_text(name: str, text: str) -> None:

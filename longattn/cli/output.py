@@ -17,7 +17,7 @@ from longattn.errors import InvalidInput, Unsupported
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Failure", "drawable", "echo", "make_console", "message", "plain", "safe_streams"]
+__all__ = ["Failure", "drawable", "echo", "make_console", "message", "plain", "safe_streams", "shows_tracebacks"]
 
 _ERRORS = "longattn.plain"  # the name of the error handler below
 _LONGEST = 1000  # characters of an error
@@ -88,6 +88,8 @@ def safe_streams() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if shows_tracebacks():
+            raise
         with suppress(OSError):
             echo(f"Error: {message(error)}", error=True)
         sys.exit(1)
@@ -112,6 +114,11 @@ def _discard(stream: TextIO) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+
+
+def shows_tracebacks() -> bool:
+    """Return whether the environment asks for the traceback of an error."""
+    return os.environ.get("LONGATTN_TRACEBACK", "0") not in ("", "0")
 
 
 def message(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from longattn.cli.output import drawable, echo, make_console, message
+from longattn.cli.output import drawable, echo, make_console
 from longattn.errors import InvalidInput
 from longattn.evaluation.plan import MACHINES, MODELS, Estimate, can_run
 from longattn.evaluation.plan import plan as estimate
@@ -90,7 +90,7 @@ def _from_file(path: str) -> TransformerConfig:
         return TransformerConfig.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         expected = f"one of {', '.join(MODELS)}, or a JSON file of a config"
-        raise InvalidInput("--model", expected, f"{path}: {message(error)}") from error
+        raise InvalidInput("--model", expected, f"{path}: {error}") from error
 
 
 def _numbers(name: str, text: str) -> list[int]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +74,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     metadata = {_HEADER: json.dumps(header)}
     with replaced(path) as temporary:
         try:
-            save_file(contiguous, temporary, metadata=metadata)
+            with _in_utf8(temporary.parent) as folder:
+                made = folder / (temporary.name if _is_utf8(temporary.name) else f".safetensors.{os.getpid()}.tmp")
+                save_file(contiguous, made, metadata=metadata)
+                os.replace(made, temporary)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
 
@@ -89,7 +95,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise InvalidInput("checkpoint", "a file that exists", path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with _in_utf8(path) as name, safe_open(name, framework="pt") as file:
             header = _header(path, file.metadata())
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
             config = _config(path, header, sum(map(math.prod, shapes.values())))
@@ -114,11 +120,31 @@ def saved_steps(path: Path) -> int | None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with _in_utf8(path) as name, safe_open(name, framework="pt") as file:
             step = _header(path, file.metadata())["progress"].get("step")
     except (InvalidInput, OSError, SafetensorError):
         return None
     return step if isinstance(step, int) else None
+
+
+def _is_utf8(name: object) -> bool:
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextmanager
+def _in_utf8(path: Path) -> Iterator[Path]:
+    """Yield a name of a file or folder that is UTF-8, which safetensors asks for: its own, or that of a link to it."""
+    if _is_utf8(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, "link")
+        link.symlink_to(path.absolute())
+        yield link
 
 
 def load_model(path: Path, make: Callable[[TransformerConfig], nn.Module] = build) -> Any:

@@ -47,6 +47,26 @@ def test_goes_on_from_prompts_and_files(checkpoint: Path, tmp_path: Path) -> Non
     assert "18 tokens; " in result.stderr and "tokens/s" in result.stderr and "16 tokens of prompts" in result.stderr
 
 
+def test_reads_a_prompt_from_standard_input(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["generate", str(checkpoint), "--max-new-tokens", "9"]
+    for prompts, text in ((["-"], b"Hello"), ([], b"Hello"), ([], b"two\r\nlines\n")):
+        result = CliRunner().invoke(main, [*arguments, *prompts], input=text)
+        assert result.stdout == expected(checkpoint, text.decode().replace("\r\n", "\n"), 9) + "\n", result.output
+    both = CliRunner().invoke(main, [*arguments, "Bye", "-"], input="Hello")
+    assert both.stdout.split("\n---\n") == [expected(checkpoint, "Bye", 9), expected(checkpoint, "Hello", 9) + "\n"]
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    for words, text, told in (
+        ([], b"", "at least one text, --file, or a text on standard input"),
+        (["-", "-"], b"x", "standard input (-) once, got 2 times"),
+        (["-"], b"caf\xe9", "standard input: expected a text in UTF-8, got byte 0xe9 at offset 3"),
+        (["--file", str(tmp_path / "latin")], b"", "latin: expected a text in UTF-8, got byte 0xe9 at offset 3"),
+        (["caf\udce9"], b"", "PROMPTS: expected a text in UTF-8"),
+        (["x", "--stop", "caf\udce9"], b"", "--stop: expected a text in UTF-8"),
+    ):
+        wrong = CliRunner().invoke(main, [*arguments, *words], input=text)
+        assert wrong.exit_code == 1 and told in wrong.stderr and len(wrong.stderr.splitlines()) == 1
+
+
 def test_options(checkpoint: Path) -> None:
     greedy = run(checkpoint, "Hello", "--max-new-tokens", 9)
     drafted = run(checkpoint, "Hello", "--max-new-tokens", 9, "--draft", checkpoint)

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from longattn import InvalidInput
 from longattn.cli import main
 from longattn.evaluation import MACHINES, MODELS, plan
+from longattn.evaluation.plan import can_run
 from longattn.models import TransformerConfig
 
 LLAMA, H100, H800 = MODELS["llama-8b"], MACHINES["h100"], MACHINES["h800"]
@@ -44,6 +45,17 @@ def test_windows_send_less() -> None:
     assert sliding.schedule == "halo+ring" and sliding.sent < full.sent / 3 and sliding.seconds < full.seconds / 2
 
 
+def test_the_time_of_a_plan_is_bounded() -> None:
+    """A ring of more ranks takes longer to plan; layers that are alike are planned once."""
+    assert plan(MODELS["llama-8b-sliding"], 100_000_000, 2048, H100).schedule == "halo+ring"
+    for gpus in (0, 2049, 10**6, 10**30):
+        for call in (plan, lambda *arguments: can_run(*arguments[:3], "ring")):
+            with pytest.raises(InvalidInput, match=r"gpus: expected an int in \[1, 2048\]"):
+                call(LLAMA, 1_000_000, gpus, H100)
+    with pytest.raises(InvalidInput, match="tokens"):
+        plan(LLAMA, 10**13, 8, H100)
+
+
 def test_bad_input() -> None:
     with pytest.raises(InvalidInput, match="gpus"):
         plan(LLAMA, 1000, 0, H100)
@@ -72,5 +84,12 @@ def test_command(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     each = CliRunner().invoke(main, ["plan", "--model", "llama-8b-sliding", "--gpus", "4", "--schedule", "all"]).output
     assert all(f" {name} " in each for name in ("ring", "halo+ring", "ulysses")), each
-    for option in (["--tokens", "many"], ["--model", "missing"], ["--gpus", "0"]):
-        assert CliRunner().invoke(main, ["plan", *option]).exit_code == 1
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "list.json").write_text("[1]")
+    models = [["--model", str(tmp_path / name)] for name in ("missing", "deep.json", "list.json", "plan.png")]
+    counts = ["0", "many", "1.5", "nan", "1e400", "10000000", "1..1e9", "8,"]
+    for option in (*models, ["--tokens", "many"], ["--tokens", "1e300"], *(["--gpus", count] for count in counts)):
+        result = CliRunner().invoke(main, ["plan", "--schedule", "all", *option])
+        assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1, result.stderr
+        assert "LONGATTN_TRACEBACK" not in result.stderr
+    assert "2.3M" in CliRunner().invoke(main, ["plan", "--tokens", "2.3M"]).stdout
