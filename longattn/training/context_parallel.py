@@ -107,29 +107,89 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
 def save_sharded(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], step: int
 ) -> None:
-    """Write a folder, every rank its part."""
+    """Write a folder, every rank its part: whole or not at all, whatever ends a rank.
+
+    Raises:
+        OSError: a rank could not write its part, for example on a full disk. The older checkpoint stays.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import get_state_dict
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    from longattn.training.sharded_files import Writer
+
     weights, state = get_state_dict(model, optimizer)
-    save({"model": weights, "optimizer": state, "step": step, "settings": dict(settings)}, checkpoint_id=path)
+    values = {"model": weights, "optimizer": state, "step": step, "settings": dict(settings)}
+    try:
+        save(values, storage_writer=Writer(Path(path)))
+    except CheckpointException as error:
+        raise OSError(f"{path} cannot be written: {_first(error)}") from error
 
 
 def load_sharded(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]) -> int:
-    """Read it, written by any number of ranks; the steps done.
+    """Read it, written by any number of ranks; return the steps done.
+
+    Names, shapes and dtypes are compared with the model's before anything is read into it.
 
     Raises:
-        InvalidInput: there is no such folder, or it is of another training.
+        InvalidInput: there is no such folder, it is damaged or of another training, or its tensors are not finite.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    if not (Path(path) / ".metadata").exists():
+    from longattn.training.sharded_files import Planner, Reader, check_state
+
+    path = Path(path)
+    if not (path / ".metadata").is_file():
         raise InvalidInput("checkpoint", "a folder that a training wrote", str(path))
     weights, state = get_state_dict(model, optimizer)
-    saved: dict[str, Any] = {"model": weights, "optimizer": state, "step": 0, "settings": dict(settings)}
-    load(saved, checkpoint_id=path)
-    if saved["settings"] != dict(settings):
-        raise InvalidInput("checkpoint", f"a training by {dict(settings)}", saved["settings"])
-    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
-    return saved["step"]
+    tensors: dict[str, Any] = {"model": weights, "optimizer": state}
+    values: dict[str, Any] = {"step": 0, "settings": dict(settings)}
+    metadata = Reader(path).read_metadata()
+    check_state(metadata, _flat({**tensors, **values}))
+    groups = _plain(tensors)
+    expected = "a complete folder that a training wrote"
+    try:
+        load(values, storage_reader=Reader(path), planner=Planner())
+        step, before = values["step"], values["settings"]
+        if before != dict(settings):
+            raise InvalidInput("checkpoint", f"a training by {dict(settings)}", before)
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**53:
+            raise InvalidInput("checkpoint's step", "an int >= 0", repr(step))
+        load(tensors, storage_reader=Reader(path), planner=Planner())
+    except CheckpointException as error:
+        raise InvalidInput("checkpoint", expected, f"{path}: {_first(error)}") from None
+    changed = [name for name, value in _plain(tensors).items() if value != groups[name]]
+    if changed:
+        raise InvalidInput("checkpoint", "the optimiser of this training", f"another {changed[0]}")
+    mine = {name: value.to_local() if hasattr(value, "to_local") else value for name, value in _flat(tensors).items()}
+    broken = [name for name, value in mine.items() if isinstance(value, Tensor) and not _is_sound(name, value)]
+    if on_any_rank(bool(broken), next(model.parameters()).device):
+        got = f"{broken[0]}" if broken else "others on another rank"
+        raise InvalidInput("checkpoint", "finite weights, and moments of the optimiser that can be", got)
+    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+    return step
+
+
+def _is_sound(name: str, value: Tensor) -> bool:
+    return bool(value.isfinite().all()) and not (name.endswith(".exp_avg_sq") and bool((value < 0).any()))
+
+
+def _plain(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return the optimiser's options. The learning rate, which every step sets, is not one."""
+    found = {name: value for name, value in _flat(tensors).items() if not isinstance(value, Tensor)}
+    return {name: value for name, value in found.items() if not name.endswith(".lr")}
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Return nested values by the names that torch.distributed.checkpoint gives them."""
+    from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+
+    return dict(flatten_state_dict(values)[0])
+
+
+def _first(error: Any) -> str:
+    """Return what the first of the ranks that failed says."""
+    failures = [failure[0] for failure in error.failures.values()]
+    return str(failures[0]) if failures else str(error)
