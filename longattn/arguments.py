@@ -557,7 +557,7 @@ def draft_tree(tree: object, batch: int, nq: int, device: torch.device) -> tuple
 
 @lru_cache(maxsize=256)
 def _ancestors(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    branches = torch.eye(len(parents), dtype=torch.bool)
+    branches = torch.eye(len(parents), dtype=torch.bool, device="cpu")
     for i, parent in enumerate(parents):
         if parent >= 0:
             branches[i] |= branches[parent]
@@ -818,7 +818,7 @@ def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> 
     if not dropout_p:
         return None
     if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64).to(device)
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device="cpu").to(device)
     return torch.tensor([seed], dtype=torch.int64, device=device)
 
 

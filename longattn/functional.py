@@ -229,7 +229,8 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     lse = torch.where(seen, torch.log(total) + largest, -torch.inf)
     weights = (weights / total)[..., None]
     out = sum(
-        (weight * out.to(weights.dtype) for weight, out in zip(weights, outs, strict=True)), start=torch.zeros(())
+        (weight * out.to(weights.dtype) for weight, out in zip(weights, outs, strict=True)),
+        start=torch.zeros((), device=stacked.device),
     )
     return out.to(outs[0].dtype), lse
 

@@ -6,8 +6,10 @@ chosen above travels by name, and the backward runs on it again. The second deri
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -70,6 +72,11 @@ _library.define(
 _library.define(f"cache_append({_CACHE_TENSORS}, {_SLOTS}, {_CACHE_SCALARS}) -> ()", tags=_TAGS)
 _library.define(
     f"attention_with_cache({_CACHE_TENSORS}, {_SLOTS}, {_CACHE_SCALARS}) -> (Tensor out, Tensor lse)",
+    tags=_TAGS,
+)
+_library.define(
+    "take_pages(Tensor pool, Tensor(a!) table, Tensor(b!) slots_k, Tensor(c!) slots_v, Tensor(d!)? k_scales, "
+    "Tensor(e!)? v_scales, SymInt[] rows, SymInt[] lengths, SymInt[] counts) -> ()",
     tags=_TAGS,
 )
 _library.define(
@@ -182,6 +189,45 @@ def attention_with_cache(tensors: CacheTensors, slots: Slots, problem: Problem, 
     _offer_formulas()
     out, lse = torch.ops.longattn.attention_with_cache.default(*tensors, *slots, backend, *_cache_scalars(problem))
     return out, lse
+
+
+class PagePool(Protocol):
+    """Who gives pages to the sequences of a cache. No graph holds it, as its lists change from call to call."""
+
+    def take_pages(
+        self,
+        table: Tensor,
+        storage: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        counts: Sequence[int],
+    ) -> None: ...
+
+
+_pools: WeakValueDictionary[int, PagePool] = WeakValueDictionary()
+_pool_numbers = itertools.count()
+
+
+def stand_in(pool: PagePool) -> Tensor:
+    """A tensor by which a graph, that holds tensors and numbers only, finds the pool when it runs."""
+    number = next(_pool_numbers)
+    _pools[number] = pool
+    return torch.tensor([number], device="cpu")
+
+
+def take_pages(
+    pool: PagePool,
+    name: Tensor,
+    table: Tensor,
+    storage: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    rows: list[int],
+    lengths: list[int],
+    counts: list[int],
+) -> None:
+    """`pool.take_pages`; in a graph it is one operator, and `name` is the pool's `stand_in`."""
+    if _is_kernel(table, *storage):
+        return pool.take_pages(table, storage, rows, lengths, counts)
+    torch.ops.longattn.take_pages.default(name, table, *storage, rows, lengths, counts)
 
 
 def rope(x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, interleaved: bool, backend: str) -> Tensor:
@@ -373,6 +419,15 @@ def _append(tensors: CacheTensors, slots: Slots, problem: Problem, backend: str)
 
 
 def _cache_append_fake(*_: Any) -> None:
+    pass
+
+
+def _take_pages_impl(name: Tensor, table: Tensor, *args: Any) -> None:
+    *storage, rows, lengths, counts = args
+    _pools[int(name)].take_pages(table, tuple(storage), rows, lengths, counts)
+
+
+def _take_pages_fake(*_: Any) -> None:
     pass
 
 
@@ -794,6 +849,7 @@ for _name, _rule in (
     torch.library.register_vmap(f"longattn::{_name}", _rule, lib=_library)
 
 for _name, _cache_impl, _cache_fake in (
+    ("take_pages", _take_pages_impl, _take_pages_fake),
     ("cache_append", _cache_append_impl, _cache_append_fake),
     ("attention_with_cache", _attention_with_cache_impl, _attention_with_cache_fake),
 ):

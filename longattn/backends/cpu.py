@@ -94,7 +94,7 @@ class CpuBackend(Backend):
             params.dq_sum = _view(dq_sum.zero_())
         dbias = dslopes = None
         if grads.bias is not None:
-            dbias = torch.zeros(grads.bias.shape, dtype=problem.accumulate_dtype)
+            dbias = torch.zeros(grads.bias.shape, dtype=problem.accumulate_dtype, device="cpu")
             params.dbias = _bias(dbias)
         if grads.alibi_slopes is not None and grads.alibi_slopes.numel():  # [0, Hq] where no sequences are packed
             dslopes = torch.zeros_like(lse)  # of each query
@@ -303,7 +303,7 @@ def _tables(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dty
     """(cos, sin), both [1 or B, N, rotated / 2] in the accumulation dtype, of the float32 angle, times factor."""
     positions, inv_freq = (positions[None] if positions.dim() == 1 else positions).contiguous(), inv_freq.contiguous()
     tables = torch.promote_types(dtype, torch.float32)
-    cos, sin = torch.empty(2, *positions.shape, len(inv_freq), dtype=tables)
+    cos, sin = torch.empty(2, *positions.shape, len(inv_freq), dtype=tables, device="cpu")
     params = native().AngleParams()
     params.tokens, params.half, params.dtype = positions.numel(), len(inv_freq), _DTYPES[tables]
     params.positions, params.inv_freq, params.factor = positions.data_ptr(), inv_freq.data_ptr(), factor

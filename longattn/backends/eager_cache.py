@@ -73,7 +73,11 @@ class _Sequence:
             slopes = self._own(tensors.alibi_slopes, 1).double().view(problem.kv_heads, problem.group, 1, 1)
             scores = scores - slopes * (p[:, None] - j).abs().double()
         scores = scores.masked_fill(~visible, -torch.inf)
-        total = torch.logsumexp(scores, -1) if len(j) else torch.full(scores.shape[:-1], -torch.inf).to(scores)
+        total = (
+            torch.logsumexp(scores, -1)
+            if len(j)
+            else torch.full(scores.shape[:-1], -torch.inf, device=scores.device).to(scores)
+        )
         if tensors.sink_logits is not None:
             total = torch.logaddexp(total, tensors.sink_logits.double().view(problem.kv_heads, problem.group, 1))
         weights = torch.exp(scores - torch.where(total == -torch.inf, 0.0, total)[..., None])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from longattn import ops
 from longattn.cache.base import Cache, Room, check_int
 from longattn.cache.storage import Storage
 from longattn.errors import CacheFull
 from longattn.problem import Slots
+
+_ENTRIES = 1 << 18  # of the table from the start, where a sequence may take more pages; each growth is one more graph
 
 
 class _Change(NamedTuple):
@@ -52,10 +56,17 @@ class PagedKVCache(Cache):
         self.num_pages, self.page_size = num_pages, page_size
         widths = (self.head_dim, self.v_head_dim)
         self._storage = Storage.empty(num_pages, kv_heads, page_size, widths, self.dtype, self.device)
-        self._table = torch.zeros(batch, 1, dtype=torch.int32, device=self.device)
+        width = min(num_pages, max(8, _ENTRIES // batch))
+        self._table = torch.zeros(batch, width, dtype=torch.int32, device=self.device)
         self._pages: list[list[int]] = [[] for _ in range(batch)]
         self._holders = [0] * num_pages  # sequences that hold each page
         self._free = list(range(num_pages - 1, -1, -1))
+        self._changes: list[_Change] = []  # what the last call took
+        self._stand_in = ops.stand_in(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._stand_in = ops.stand_in(self)  # a copy has pages of its own
 
     @property
     def free_pages(self) -> int:
@@ -63,49 +74,71 @@ class PagedKVCache(Cache):
         return len(self._free)
 
     def _make_room(self, rows: list[int], counts: list[int]) -> Room:
-        changes: list[_Change] = []
-        needed = [-(-(self._lengths[row] + count) // self.page_size) for row, count in zip(rows, counts, strict=True)]
-        try:
-            for row, count, pages in zip(rows, counts, needed, strict=True):
-                if count:
-                    self._own_pages(row, self._lengths[row], changes)
-                while len(self._pages[row]) < pages:
-                    self._put(row, len(self._pages[row]), changes)
-        except BaseException:
-            self._undo(changes)
-            raise
-        table = self._table if len(rows) == self.batch and rows == sorted(rows) else self._table[rows]
-        return Room(Slots(*self._storage, table), release=lambda: self._undo(changes))
+        lengths = [self._lengths[row] for row in rows]
+        longest = max([length + count for length, count in zip(lengths, counts, strict=True)])
+        pages, width = max(1, -(-longest // self.page_size)), self._table.shape[1]
+        if width < pages <= self.num_pages:
+            wider = torch.zeros(self.batch, min(2 * pages, self.num_pages), dtype=torch.int32, device=self.device)
+            wider[:, :width] = self._table
+            self._table = wider
+        ops.take_pages(self, self._stand_in, self._table, self._storage, rows, lengths, counts)
+        whole = len(rows) == self.batch and rows == sorted(rows)
+        table = self._table if whole else self._table[:, :pages][rows]
+        return Room(Slots(*self._storage, table), release=self._give_back)
 
-    def _own_pages(self, row: int, length: int, changes: list[_Change]) -> None:
+    def take_pages(
+        self,
+        table: Tensor,
+        storage: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        counts: Sequence[int],
+    ) -> None:
+        """Give sequence rows[i], of lengths[i] tokens, pages of its own for counts[i] more, or raise CacheFull.
+
+        Args:
+            table, storage: those of the cache, or in a graph what stands for them.
+        """
+        changes: list[_Change] = []
+        self._changes = changes
+        try:
+            for row, length, count in zip(rows, lengths, counts, strict=True):
+                if count:
+                    self._own_pages(row, length, changes, table, Storage(*storage))
+                while len(self._pages[row]) < -(-(length + count) // self.page_size):
+                    self._put(row, len(self._pages[row]), changes, table, Storage(*storage))
+        except BaseException:
+            self._undo(changes, table)
+            raise
+
+    def _give_back(self) -> None:
+        self._undo(self._changes, self._table)
+
+    def _own_pages(self, row: int, length: int, changes: list[_Change], table: Tensor, storage: Storage) -> None:
         """Copies of the pages that hold tokens from `length` on, where other sequences hold them too."""
         for index in range(length // self.page_size, len(self._pages[row])):
             if self._holders[self._pages[row][index]] > 1:
-                self._put(row, index, changes)
+                self._put(row, index, changes, table, storage)
 
-    def _put(self, row: int, index: int, changes: list[_Change]) -> None:
+    def _put(self, row: int, index: int, changes: list[_Change], table: Tensor, storage: Storage) -> None:
         """A page from the pool as number `index` of a sequence, with what the page before held."""
         pages = self._pages[row]
         if not self._free:
             raise CacheFull("cache", "a free page for the new tokens", f"{self.num_pages} pages, all in use")
         page, before = self._free[-1], pages[index] if index < len(pages) else None
         if before is not None:
-            self._storage.copy_page(before, page)
-        if index >= self._table.shape[1]:
-            wider = torch.zeros(self.batch, min(2 * index, self.num_pages), dtype=torch.int32, device=self.device)
-            wider[:, : self._table.shape[1]] = self._table
-            self._table = wider
+            storage.copy_page(before, page)
         changes.append(_Change(row, index, before))
         self._free.pop()
         self._holders[page] = 1
-        self._table[row, index] = page
+        table[row, index] = page
         if before is None:
             pages.append(page)
         else:
             pages[index] = page
             self._holders[before] -= 1
 
-    def _undo(self, changes: list[_Change]) -> None:
+    def _undo(self, changes: list[_Change], table: Tensor) -> None:
         while changes:
             row, index, before = changes.pop()
             pages = self._pages[row]
@@ -115,7 +148,7 @@ class PagedKVCache(Cache):
                 self._release(pages[index])
                 pages[index] = before
                 self._holders[before] += 1
-                self._table[row, index] = before
+                table[row, index] = before
 
     def _release(self, page: int) -> None:
         self._holders[page] -= 1
@@ -140,9 +173,9 @@ class PagedKVCache(Cache):
     def _make_own(self, sequence: int, length: int) -> None:
         changes: list[_Change] = []
         try:
-            self._own_pages(sequence, length, changes)
+            self._own_pages(sequence, length, changes, self._table, self._storage)
         except BaseException:
-            self._undo(changes)
+            self._undo(changes, self._table)
             raise
 
     def _permute(self, index: list[int]) -> None:

@@ -98,7 +98,7 @@ class SlidingKVCache(Cache):
 
     def _positions(self, oldest: int, length: int) -> Tensor:
         sinks = min(self.sinks, length)
-        parts = torch.arange(sinks), torch.arange(max(oldest, sinks), max(length, sinks))
+        parts = torch.arange(sinks, device="cpu"), torch.arange(max(oldest, sinks), max(length, sinks), device="cpu")
         return torch.cat(parts).to(self.device)
 
     def _slots(self, positions: Tensor, ring: int) -> Tensor:

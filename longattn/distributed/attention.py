@@ -357,7 +357,7 @@ def _told(checked: _Checked, layout: str, schedule: str, keywords: Mapping[str, 
     told |= {"dropout_p": repr(problem.dropout_p), "gradient": str(problem.needs_grad)}
     told["key_mask"] = "None" if tensors.key_mask is None else "given"
     if geometry.starts is not None:
-        told["cu_seqlens"] = contents_of(torch.tensor(geometry.starts))
+        told["cu_seqlens"] = contents_of(torch.tensor(geometry.starts, device="cpu"))
     for name in ("key_lens", "offset", "alibi_slopes", "sink_logits"):
         x = getattr(tensors, name)
         if x is not None:

@@ -91,7 +91,9 @@ class Ranks:
             if not checks_enabled():
                 return None
             device = self.device
-        table = torch.tensor(list(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8).to(device)
+        table = torch.tensor(
+            list(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8, device="cpu"
+        ).to(device)
         for group in reversed(self.groups):
             table = torch.cat(group.gather(table))
         rows = table.cpu().view(self.size, _TEXT_BYTES)

@@ -43,7 +43,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: int) -> T
 
 def _visible(length: int, window: int | None, sinks: int) -> Tensor:
     """The mask as PyTorch needs it: bool [N, N]."""
-    visible = torch.ones(length, length, dtype=torch.bool).tril_()
+    visible = torch.ones(length, length, dtype=torch.bool, device="cpu").tril_()
     if window is not None:
         first = visible[:, :sinks].clone()
         visible.triu_(1 - window)
@@ -104,7 +104,7 @@ def attention_cost(
 def prepare(name: str, length: int, heads: int, head_dim: int, window: int | None, sinks: int) -> Callable[[], object]:
     """The call that `attention_cost` measures, for `measure`."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, length, head_dim, generator=generator) for _ in range(3))
+    q, k, v = (torch.randn(1, heads, length, head_dim, generator=generator, device="cpu") for _ in range(3))
     run = ATTENTION_CALLS[name].run
 
     def call() -> Tensor:

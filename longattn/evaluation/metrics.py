@@ -103,7 +103,7 @@ def retrieval_accuracy(queries: Tensor, keys: Tensor) -> float:
 
 
 def _counted(labels: Labels, predictions: Labels) -> tuple[list[int], list[int]]:
-    wanted, found = torch.as_tensor(labels), torch.as_tensor(predictions)
+    wanted, found = torch.as_tensor(labels, device="cpu"), torch.as_tensor(predictions, device="cpu")
     if wanted.shape != found.shape:
         raise InvalidInput("predictions", f"shape {tuple(wanted.shape)} as labels", tuple(found.shape))
     counted = wanted != IGNORED

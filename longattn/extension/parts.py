@@ -73,7 +73,7 @@ def attend_in_parts(
     """
     refuse_elsewhere("attention in parts")
     if dropout_p and seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
     outs, lses = [], []
     for number, part in enumerate(parts):
         positions = None if rope is None else part.positions or standing

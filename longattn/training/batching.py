@@ -54,12 +54,12 @@ def pad(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
     Returns:
         int64 [B, N], shorter rows filled up at their end; bool [B, N], True where a row has an entry.
     """
-    lengths = torch.tensor([len(row) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows], device="cpu")
     width = int(lengths.max()) if len(rows) else 0
-    padded = torch.full((len(rows), width), fill, dtype=torch.int64)
+    padded = torch.full((len(rows), width), fill, dtype=torch.int64, device="cpu")
     for target, row in zip(padded, rows, strict=True):
-        target[: len(row)] = torch.as_tensor(row, dtype=torch.int64)
-    return padded, torch.arange(width) < lengths[:, None]
+        target[: len(row)] = torch.as_tensor(row, dtype=torch.int64, device="cpu")
+    return padded, torch.arange(width, device="cpu") < lengths[:, None]
 
 
 class _Examples(Generic[Example]):
@@ -127,7 +127,7 @@ class LabelledSequences(_Examples[LabelledSequence]):
         tokens, key_mask = pad([example.tokens for example in examples])
         return {
             "tokens": tokens,
-            "labels": torch.tensor([example.label for example in examples]),
+            "labels": torch.tensor([example.label for example in examples], device="cpu"),
             "key_mask": key_mask,
         }
 

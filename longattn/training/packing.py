@@ -215,7 +215,7 @@ def pack(documents: Sequence[Tensor]) -> dict[str, Tensor]:
     documents = [document for document in documents if len(document) > 1]
     if not documents:
         raise InvalidInput("documents", "at least one of two tokens", "none")
-    lengths = torch.tensor([0, *(len(document) - 1 for document in documents)])
+    lengths = torch.tensor([0, *(len(document) - 1 for document in documents)], device="cpu")
     return {
         "tokens": torch.cat([document[:-1] for document in documents]),
         "targets": torch.cat([document[1:] for document in documents]),

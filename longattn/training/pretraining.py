@@ -126,7 +126,7 @@ class MaskedWindows(_Windows):
         )
         batch = {"tokens": masked, "targets": targets, "key_mask": key_mask}
         if self.next_sentence:
-            batch |= {"token_types": pad(types)[0], "is_random": torch.tensor(is_random)}
+            batch |= {"token_types": pad(types)[0], "is_random": torch.tensor(is_random, device="cpu")}
         return batch
 
     def describe(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class DenoisedWindows(_Windows):
         rng = np.random.default_rng([self.seed, step])
         made = []
         for _ in range(self.batch_size):
-            window = torch.tensor(self._draw(rng, self.length)[1])
+            window = torch.tensor(self._draw(rng, self.length)[1], device="cpu")
             if self.mask_id is not None:
                 made.append(infill_text(window, mask_id=self.mask_id, rng=rng, share=self.share))
             else:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
 from helpers import backend_names
-from longattn import KVCache, PagedKVCache, Rope, SlidingKVCache, attention_with_cache, ops
+from longattn import CacheFull, KVCache, PagedKVCache, Rope, SlidingKVCache, attention_with_cache, ops
 from longattn.cache import Cache
 from longattn.scaling import DynamicNTK
 
@@ -70,3 +71,68 @@ def test_a_compiled_step_is_the_step() -> None:
             x = torch.randn(1, count, 16)
             assert torch.equal(compiled(x, caches[0]), step(x, caches[1]))
     assert caches[0].lengths == caches[1].lengths == (7,)
+
+
+GRAPHS: dict[str, Any] = {
+    "contiguous": (lambda: KVCache(2, 2, 8, capacity=128), {}),
+    "ring": (lambda: SlidingKVCache(2, 2, 8, window=4, sinks=1), {"window": 4, "sinks": 1}),
+    "paged": (lambda: PagedKVCache(2, 2, 8, num_pages=40, page_size=4), {}),
+    "paged, a table that grows": (
+        lambda: PagedKVCache(1 << 16, 1, 2, num_pages=40, page_size=1),
+        {"sequences": [5, 3]},
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_few_graphs(kind: str, dynamic: bool | None) -> None:
+    """However many pages a cache fills, a step is one of few graphs, and computes what it computes without them."""
+    new, keywords = GRAPHS[kind]
+    keywords = keywords | {"causal": True, "rope": Rope(2)}
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = torch.compile(
+        lambda q, k, v, cache: attention_with_cache(q, k, v, cache, **keywords),
+        backend="aot_eager",
+        dynamic=dynamic,
+        fullgraph=True,
+    )
+    compiled, eager = new(), new()
+    for count in (5,) + (1,) * 14:
+        q, k, v = (torch.randn(2, eager.kv_heads, count, eager.head_dim) for _ in range(3))
+        expected = attention_with_cache(q, k, v, eager, **keywords)
+        torch.testing.assert_close(step(q, k, v, compiled), expected)
+    assert compiled.lengths == eager.lengths
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    if isinstance(eager, PagedKVCache):
+        assert (compiled._pages, compiled._free) == (eager._pages, eager._free)
+    torch._dynamo.reset()
+
+
+def test_pages_in_a_graph() -> None:
+    """Forked pages are copied before they are written, a full pool is refused, a copied cache has its own pages."""
+    torch._dynamo.reset()
+    step = torch.compile(attention_with_cache, backend="aot_eager", fullgraph=True, dynamic=True)
+    caches = [PagedKVCache(2, 1, 4, num_pages=5, page_size=2) for _ in range(2)]
+    for cache, call in zip(caches, (attention_with_cache, step), strict=True):
+        torch.manual_seed(0)
+        x = torch.randn(1, 1, 3, 4)
+        call(x, x, x, cache, sequences=[0])
+        cache.fork(0, 1)
+        x = torch.randn(2, 1, 2, 4)
+        call(x, x, x, cache)
+        assert cache.free_pages == 1
+        other = copy.deepcopy(cache)
+        x = torch.randn(1, 1, 1, 4)
+        call(x, x, x, other, sequences=[1])
+        call(x, x, x, other, sequences=[1])
+        assert (other.free_pages, cache.free_pages) == (0, 1)
+        with pytest.raises(CacheFull):
+            x = torch.randn(1, 1, 9, 4)
+            call(x, x, x, cache, sequences=[0])
+        assert (cache.lengths, cache.free_pages) == ((5, 5), 1)
+    for sequence in range(2):
+        for ours, theirs in zip(caches[0].read(sequence), caches[1].read(sequence), strict=True):
+            assert torch.equal(ours, theirs)
+    torch._dynamo.reset()

@@ -46,13 +46,14 @@ def decode(library: Library, problem: Problem, tensors: CacheTensors, slots: Slo
 
 def _cache_call(problem: Problem, tensors: CacheTensors, slots: Slots) -> tuple[Call, list[Any]]:
     """The call but for its results, and the tensors that it points into."""
-    mask = problem.mask
+    mask, page_size, table_width = problem.mask, slots.k.shape[2], slots.table.shape[1]
+    used = min(table_width, 2 * max(1, -(-problem.nk // page_size)))  # how many parts a call is cut into follows nk
     call = Call(
         batch=problem.batch,
         q_heads=problem.q_heads,
         kv_heads=problem.kv_heads,
         nq=problem.nq,
-        nk=slots.table.shape[1] * slots.k.shape[2],
+        nk=used * page_size,
         head_dim=problem.head_dim,
         v_head_dim=problem.v_head_dim,
         is_bfloat16=problem.dtype == torch.bfloat16,
@@ -65,9 +66,9 @@ def _cache_call(problem: Problem, tensors: CacheTensors, slots: Slots) -> tuple[
         scale=problem.scale,
         softcap=problem.softcap,
         table=slots.table.data_ptr(),
-        table_width=slots.table.shape[1],
+        table_width=table_width,
         pages=slots.k.shape[0],
-        page_size=slots.k.shape[2],
+        page_size=page_size,
         interleaved=problem.interleaved,
         rope_factor=problem.rope_factor,
     )

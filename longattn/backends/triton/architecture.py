@@ -66,7 +66,11 @@ def self_check(device: torch.device) -> str | None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads: int) -> torch.Tensor:
-        return torch.randn(batch, heads, n, width, generator=generator, dtype=torch.float64).half().to(device)
+        return (
+            torch.randn(batch, heads, n, width, generator=generator, dtype=torch.float64, device="cpu")
+            .half()
+            .to(device)
+        )
 
     q, k, v, dout = draw(q_heads), draw(kv_heads), draw(kv_heads), draw(q_heads)
     exact = [x.double().requires_grad_() for x in (q, k, v)]

@@ -403,7 +403,7 @@ def _seed(dropout_p: float) -> Tensor | None:
     """Drawn as attention itself would, so that what is dropped does not depend on return_attn_probs."""
     if not isinstance(dropout_p, (int, float)) or not dropout_p > 0:
         return None
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
 
 
 @torch.no_grad()

@@ -355,7 +355,7 @@ def _readers() -> dict[CodeType | None, Callable[..., _Terms | None]]:
     """By the code of the functions that transformers' factories return: the same object in each of them."""
     from transformers import masking_utils as made
 
-    nothing = torch.zeros(1, 1)
+    nothing = torch.zeros(1, 1, device="cpu")
     return {
         made.and_masks().__code__: _read_intersection,
         made.sliding_window_overlay(1).__code__: _read_sliding_window,
@@ -425,7 +425,7 @@ def _read_packed(queries: Tensor, mask_functions: tuple[MaskFunction, ...]) -> _
     remap = getattr(made, "remap_positions_for_packed_sequence", None)
     if remap is None or on_shards():
         return None
-    none = torch.zeros(1, 1)
+    none = torch.zeros(1, 1, device="cpu")
     codes = [getattr(function, "__code__", None) for function in mask_functions]
     if codes != [
         made.packed_sequence_mask_function(none).__code__,

@@ -193,9 +193,9 @@ class Reader:
     def _padded(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
         """Tokens [rows, T] of the longest, and how many each has."""
         counts = [len(part) for part in tokens]
-        padded = torch.zeros(len(counts), max(counts), dtype=torch.int64)
+        padded = torch.zeros(len(counts), max(counts), dtype=torch.int64, device="cpu")
         for place, part in enumerate(tokens):
-            padded[place, : len(part)] = torch.as_tensor(part)
+            padded[place, : len(part)] = torch.as_tensor(part, device="cpu")
         return padded.to(self.device), counts
 
 

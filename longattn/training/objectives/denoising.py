@@ -60,7 +60,7 @@ def infill_text(
         else:
             source.append(mask_id)
             place += lengths[unit]
-    return Denoised(torch.tensor(source), tokens.clone())
+    return Denoised(torch.tensor(source, device="cpu"), tokens.clone())
 
 
 def corrupt_spans(
@@ -100,7 +100,7 @@ def corrupt_spans(
         source += [*tokens[place : place + gap].tolist(), sentinel]
         target += [sentinel, *tokens[place + gap : place + gap + length].tolist()]
         place += gap + length
-    return Denoised(torch.tensor(source), torch.tensor([*target, sentinel_ids[spans]]))
+    return Denoised(torch.tensor(source, device="cpu"), torch.tensor([*target, sentinel_ids[spans]], device="cpu"))
 
 
 def _partition(total: int, parts: int, rng: np.random.Generator) -> list[int]:

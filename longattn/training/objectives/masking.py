@@ -48,17 +48,17 @@ def mask_tokens(
     if not 0 <= mask_id < vocab_size:
         raise InvalidInput("mask_id", f"an id in [0, {vocab_size})", mask_id)
     finite_number("probability", probability, above=0.0, at_most=1.0)
-    special = torch.tensor(sorted({mask_id, *special_ids}))
+    special = torch.tensor(sorted({mask_id, *special_ids}), device="cpu")
     if special.min() < 0 or special.max() >= vocab_size:
         raise InvalidInput("special_ids", f"ids in [0, {vocab_size})", special.tolist())
-    is_special = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, special, True)
+    is_special = torch.zeros(vocab_size, dtype=torch.bool, device="cpu").index_fill_(0, special, True)
     ordinary = (~is_special).nonzero().flatten()
     if not len(ordinary):
         raise InvalidInput("special_ids", "at least one id that is not special", f"all {vocab_size}")
 
-    chosen = (torch.rand(tokens.shape, generator=generator) < probability) & ~is_special[tokens]
-    fate = torch.rand(tokens.shape, generator=generator)
-    others = ordinary[torch.randint(len(ordinary), tokens.shape, generator=generator)]
+    chosen = (torch.rand(tokens.shape, generator=generator, device="cpu") < probability) & ~is_special[tokens]
+    fate = torch.rand(tokens.shape, generator=generator, device="cpu")
+    others = ordinary[torch.randint(len(ordinary), tokens.shape, generator=generator, device="cpu")]
     masked = torch.where(chosen & (fate < _MASKED), mask_id, tokens)
     replaced = chosen & (fate >= _MASKED) & (fate < _MASKED + _REPLACED)
     return torch.where(replaced, others, masked), torch.where(chosen, tokens, IGNORED)

@@ -73,4 +73,4 @@ def join_pair(
     kept_second = min(len(second), room - kept_first)
     tokens = [start_id, *first[:kept_first], separator_id, *second[:kept_second], separator_id]
     types = [0] * (kept_first + 2) + [1] * (kept_second + 1)
-    return torch.tensor(tokens), torch.tensor(types)
+    return torch.tensor(tokens, device="cpu"), torch.tensor(types, device="cpu")
