@@ -13,6 +13,8 @@ from longattn.errors import InvalidInput
 from longattn.mask import Mask
 
 OUT_OF_RANGE = -(2**31)  # of an offset or a length that 32 bits do not hold; no other may be so low
+_PLAIN = (Tensor, torch.nn.Parameter)
+_TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
 
 
 class Tensors(NamedTuple):
@@ -226,6 +228,20 @@ def check_places(tensors: Tensors) -> None:
     for name, x in (("align", tensors.offset), ("key_lens", tensors.key_lens)):
         if x is not None and bool((x == OUT_OF_RANGE).any()):
             raise InvalidInput(name, "ints from -(2^31 - 1) to 2^31 - 1", "one outside")
+
+
+def readable(x: Tensor) -> bool:
+    """Return whether the values of x can be read now: not in a graph, not under a transform, and only if it has any."""
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.is_meta:
+        return False
+    if torch._C._len_torch_dispatch_stack() and any(torch._C._get_dispatch_mode(key) for key in _TRACERS):
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
+def checkable(x: Tensor) -> bool:
+    """Return whether a check may read the values of x: where they are readable, and on a GPU if LONGATTN_CHECK asks."""
+    return readable(x) and (x.device.type == "cpu" or checks_enabled())
 
 
 def check_sequences(tensors: Tensors, problem: Problem) -> None:

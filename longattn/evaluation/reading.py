@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from longattn.errors import InvalidInput
 from longattn.models import Decoder, GenerationConfig, chunked_cross_entropy, make_caches, stream
+from longattn.models.generation.reader import placement
 
 __all__ = ["DecoderReader", "HuggingFaceReader", "Reader", "check_memory", "free_bytes", "make_reader"]
 
@@ -53,8 +54,7 @@ class DecoderReader:
 
     @torch.no_grad()
     def losses(self, tokens: Tensor) -> Tensor:
-        weight = self.model.output_weight
-        tokens = tokens.to(weight.device)
+        tokens = tokens.to(placement(self.model)[1])
         count = len(tokens) - 1
         if self.length_matters:  # pieces would each have other frequencies
             inputs, targets = tokens[None, :-1], tokens[None, 1:]
@@ -65,7 +65,7 @@ class DecoderReader:
             stop = min(start + _PIECE, count)
             hidden = self.model.hidden_states(tokens[None, start:stop], caches=caches)
             targets = tokens[None, start + 1 : stop + 1]
-            losses = chunked_cross_entropy(hidden, weight, targets, reduction="none", chunk=_LOGITS)
+            losses = chunked_cross_entropy(hidden, self.model.projection, targets, reduction="none", chunk=_LOGITS)
             found.append(losses[0].float().cpu())
         return torch.cat(found)
 
@@ -74,7 +74,7 @@ class DecoderReader:
             yield piece.token
 
     def bytes_for(self, tokens: int) -> int:
-        config, width = self.model.config, self.model.output_weight.element_size()
+        config, width = self.model.config, placement(self.model)[0].itemsize
         row = 2 * config.kv_heads * config.head_dim * width  # keys and values of a layer
         kept = 0
         for layer in range(config.layers):
@@ -127,7 +127,10 @@ class HuggingFaceReader:
                 for part in parts:
                     read = self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
                     cache = read.past_key_values
-            newest = read.logits[:, -1].argmax(-1, keepdim=True)
+            logits = read.logits[:, -1]
+            if not logits.amax(-1).isfinite().all():
+                raise FloatingPointError("the model's logits are not finite")
+            newest = logits.argmax(-1, keepdim=True)
             yield int(newest)
             parts = (newest,)
 

@@ -22,6 +22,7 @@ from longattn.cache import Cache
 from longattn.errors import InvalidInput
 from longattn.models.config import DECODER, FULL, SLIDING, TransformerConfig
 from longattn.models.losses import chunked_cross_entropy
+from longattn.models.projection import Projection, project, projection_of
 from longattn.models.stack import Stack, check_ids, draw_weights
 from longattn.scaling import Scaling
 
@@ -52,8 +53,17 @@ class Decoder(Stack):
 
     @property
     def output_weight(self) -> Tensor:
-        """The output projection, [V, C]."""
+        """The weight of the output projection, [V, C]; what the head computes may be more (see `projection`)."""
         return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def projection(self) -> Projection:
+        """What computes logits of hidden states: the head, or the weight of the embedding that it is tied to.
+
+        Raises:
+            InvalidInput: tied to an embedding that is more than its weight.
+        """
+        return projection_of(self.head, self.embedding)
 
     def forward(
         self,
@@ -93,7 +103,7 @@ class Decoder(Stack):
             sequences=sequences,
             tree=tree,
         )
-        return nn.functional.linear(hidden, self.output_weight)
+        return project(hidden, self.projection)
 
     def hidden_states(
         self,
@@ -153,7 +163,7 @@ class Decoder(Stack):
             InvalidInput: as `forward`; also targets that do not fit.
         """
         hidden = self.hidden_states(tokens, cu_seqlens=cu_seqlens, positions=positions)
-        return chunked_cross_entropy(hidden, self.output_weight, targets, reduction=reduction, chunk=chunk)
+        return chunked_cross_entropy(hidden, self.projection, targets, reduction=reduction, chunk=chunk)
 
     def attention_weights(self, tokens: Tensor, layer: int, rows: Sequence[int] | Tensor) -> Tensor:
         """What some tokens of one layer attend to, without the N x N matrix.

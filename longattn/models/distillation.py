@@ -63,16 +63,16 @@ class Distillation:
         with torch.no_grad():
             teacher = self.teacher.hidden_states(tokens, cu_seqlens=cu_seqlens)
         counted = targets != IGNORED
-        weight, teacher_weight = self.student.output_weight, self.teacher.output_weight.detach()
+        projection = self.student.projection
         loss = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
         if self.share < 1:
-            loss = loss + (1 - self.share) * chunked_cross_entropy(student, weight, targets, chunk=chunk)
+            loss = loss + (1 - self.share) * chunked_cross_entropy(student, projection, targets, chunk=chunk)
         if self.share:
             learned = chunked_distillation(
                 student,
-                weight,
+                projection,
                 teacher,
-                teacher_weight,
+                self.teacher.projection,
                 temperature=self.temperature,
                 counted=counted,
                 chunk=chunk,

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from longattn.cache import Cache
 from longattn.errors import InvalidInput
 from longattn.models.config import ENCODER_DECODER, TransformerConfig
 from longattn.models.losses import chunked_cross_entropy
+from longattn.models.projection import Projection, project, projection_of
 from longattn.models.stack import Stack, check_ids, draw_weights
 
 __all__ = ["EncoderDecoder"]
@@ -48,8 +48,17 @@ class EncoderDecoder(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """The output projection, [V, C]."""
+        """The weight of the output projection, [V, C]; what the head computes may be more (see `projection`)."""
         return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def projection(self) -> Projection:
+        """What computes logits of hidden states: the head, or the weight of the embedding that it is tied to.
+
+        Raises:
+            InvalidInput: tied to an embedding that is more than its weight.
+        """
+        return projection_of(self.head, self.embedding)
 
     def forward(
         self,
@@ -74,7 +83,7 @@ class EncoderDecoder(nn.Module):
         """
         memory = self.encode(source, source_mask=source_mask, source_lens=source_lens)
         hidden = self.decode(tokens, memory, source_mask=source_mask, source_lens=source_lens)
-        return F.linear(hidden, self.output_weight)
+        return project(hidden, self.projection)
 
     def encode(self, source: Tensor, *, source_mask: Tensor | None = None, source_lens: Tensor | None = None) -> Tensor:
         """The memory [B, M, C] that the decoder attends to; arguments as `forward`."""
@@ -119,11 +128,9 @@ class EncoderDecoder(nn.Module):
         for name, value in (("lengths", lengths), ("sequences", sequences)):
             if value is not None:
                 raise InvalidInput(name, "None without caches", type(value).__name__)
-        expected = f"[{tokens.shape[0]}, M, {self.config.dim}]"
-        if memory is None:
-            raise InvalidInput("memory", expected, None)
-        if memory.dim() != 3 or memory.shape[0] != tokens.shape[0] or memory.shape[2] != self.config.dim:
-            raise InvalidInput("memory", expected, f"shape {tuple(memory.shape)}")
+        if memory is None or (memory.dim(), *memory.shape[::2]) != (3, tokens.shape[0], self.config.dim):
+            got = None if memory is None else f"shape {tuple(memory.shape)}"
+            raise InvalidInput("memory", f"[{tokens.shape[0]}, M, {self.config.dim}]", got)
         return self.decoder.run(self.embedding(tokens), memory=memory, memory_mask=source_mask, memory_lens=source_lens)
 
     def remember(
@@ -164,7 +171,7 @@ class EncoderDecoder(nn.Module):
         """
         memory = self.encode(source, source_mask=source_mask, source_lens=source_lens)
         hidden = self.decode(tokens, memory, source_mask=source_mask, source_lens=source_lens)
-        return chunked_cross_entropy(hidden, self.output_weight, targets, reduction=reduction, chunk=chunk)
+        return chunked_cross_entropy(hidden, self.projection, targets, reduction=reduction, chunk=chunk)
 
     def cross_attention_weights(
         self,

@@ -17,7 +17,9 @@ from longattn.models.blocks import make_norm
 from longattn.models.config import TransformerConfig
 from longattn.models.encoder import Encoder
 from longattn.models.losses import IGNORED, chunked_cross_entropy, info_nce
+from longattn.models.projection import Projection, project, projection_of
 from longattn.models.stack import draw_weights
+from longattn.problem import checkable, readable
 
 __all__ = ["MaskedLM", "Pooler", "SentenceEncoder", "SequenceClassifier", "TokenClassifier", "mean_pool"]
 
@@ -60,12 +62,21 @@ class MaskedLM(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """The output projection, [V, C]."""
+        """The weight of the output projection, [V, C]; what the head computes may be more (see `projection`)."""
         return self.encoder.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def projection(self) -> Projection:
+        """What computes logits, before `output_bias`: the head, or the weight of the embedding that it is tied to.
+
+        Raises:
+            InvalidInput: tied to an embedding that is more than its weight.
+        """
+        return projection_of(self.head, self.encoder.embedding)
 
     def forward(self, tokens: Tensor, **inputs: Any) -> Tensor:
         """The logits of what stands at each token, [B, N, V]; arguments as `Encoder.forward`."""
-        return F.linear(self.transformed(self.encoder(tokens, **inputs)), self.output_weight, self.output_bias)
+        return project(self.transformed(self.encoder(tokens, **inputs)), self.projection, self.output_bias)
 
     def transformed(self, hidden: Tensor) -> Tensor:
         """What the output projection reads, of the encoder's output: [..., C] to [..., C]."""
@@ -97,9 +108,12 @@ class MaskedLM(nn.Module):
             got = f"{targets.dtype} of shape {tuple(targets.shape)}"
             raise InvalidInput("targets", f"an int64 tensor {list(tokens.shape)} as tokens", got)
         counted = targets != IGNORED
-        transformed = self.transformed(hidden[counted])
+        if readable(counted) or torch.compiler.is_compiling():
+            read, targets = hidden[counted], targets[counted]
+        else:  # a selection has no shape without its values; -100 leaves the others out, too
+            read = hidden
         loss = chunked_cross_entropy(
-            transformed, self.output_weight, targets[counted], bias=self.output_bias, chunk=chunk
+            self.transformed(read), self.projection, targets, bias=self.output_bias, chunk=chunk
         )
         if is_random is None:
             return loss
@@ -198,13 +212,16 @@ def _classification_loss(name: str, logits: Tensor, labels: Tensor) -> Tensor:
     if labels.dtype != torch.int64 or labels.shape != logits.shape[:-1]:
         got = f"{labels.dtype} of shape {tuple(labels.shape)}"
         raise InvalidInput(name, f"an int64 tensor {list(logits.shape[:-1])}", got)
-    counted = labels[labels != IGNORED]
-    if counted.numel() and (counted.min() < 0 or counted.max() >= logits.shape[-1]):
-        got = f"{int(counted.min())}..{int(counted.max())}"
-        raise InvalidInput(name, f"classes in [0, {logits.shape[-1]}), or {IGNORED} to leave one out", got)
+    counted = labels != IGNORED
+    classes = logits.shape[-1]
+    if checkable(labels):
+        wrong = labels[counted & ((labels < 0) | (labels >= classes))]
+        if wrong.numel():
+            raise InvalidInput(name, f"classes in [0, {classes}), or {IGNORED} to leave one out", wrong[0].item())
+    logits = torch.where(counted[..., None], logits, 0.0)  # what is left out need not be finite
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
     total = F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORED)
-    return total / max(1, counted.numel())
+    return total / counted.sum().clamp(min=1)
 
 
 def _check_classes(classes: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from longattn.errors import InvalidInput
 from longattn.models.precision import product_dtype
+from longattn.models.projection import Projection, project, unfolded
+from longattn.problem import checkable
 from longattn.scaling import finite_number
 
 __all__ = [
@@ -28,23 +32,26 @@ IGNORED = -100  # PyTorch's ignore_index
 
 def chunked_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Projection,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
     reduction: str = "mean",
     chunk: int = 1024,
 ) -> Tensor:
-    """The cross-entropy of hidden @ weight.T + bias, a chunk of tokens at a time, forward and backward.
+    """Return the cross-entropy of hidden @ weight.T + bias, a chunk of tokens at a time, forward and backward.
 
-    The gradients of a mean are made beside each chunk's loss, while its logits are there (Hsu et al., Liger Kernel,
-    arXiv 2410.10989, section 3.2); it has no second derivative. Of reduction "none" the backward computes each chunk's
-    logits again (Chen et al., Sublinear Memory Cost, arXiv 1604.06174).
+    The gradients of a mean are computed with each chunk's loss, while its logits are there (Hsu et al., Liger Kernel,
+    arXiv 2410.10989, section 3.2); it has no second derivative. With reduction "none", and with a module that is more
+    than its weight, the backward computes each chunk's logits again (Chen et al., Sublinear Memory Cost, arXiv
+    1604.06174). Under transforms of torch.func, which allow neither, the logits of all chunks are kept.
 
     Args:
         hidden: [..., C], floating; commonly [B, N, C].
-        weight: [V, C], the output projection; bias: [V].
-        targets: int64 [...], ids below V; -100 is left out.
+        weight: [V, C], the output projection; or a module that computes logits [n, V] of hidden states [n, C]. A module
+            is called for a chunk at a time; a plain torch.nn.Linear, without hooks, counts as its weight and bias.
+        targets: int64 [...], ids below V; -100 is left out, whatever its hidden state holds.
+        bias: [V], added to the logits.
         reduction: "mean" over the targets that count (0 if none do), or "none".
         chunk: how many tokens' logits are held at once, at least 1.
 
@@ -52,7 +59,7 @@ def chunked_cross_entropy(
         A scalar, or [...] with 0 where left out; in float32 (float64 for float64 inputs).
 
     Raises:
-        InvalidInput: shapes that do not fit, or a target out of range.
+        InvalidInput: shapes that do not fit, or a target out of range (on a GPU with LONGATTN_CHECK=1).
     """
     if not hidden.dim() or targets.shape != hidden.shape[:-1] or targets.dtype != torch.int64:
         got = f"{targets.dtype} of shape {tuple(targets.shape)} beside hidden {tuple(hidden.shape)}"
@@ -60,42 +67,57 @@ def chunked_cross_entropy(
     if reduction not in ("mean", "none"):
         raise InvalidInput("reduction", "'mean' or 'none'", repr(reduction))
     _check_chunk(chunk)
-    _check_targets(targets, weight.shape[0])
-    if reduction == "mean":
-        return _MeanCrossEntropy.apply(hidden, weight, bias, targets, chunk)
+    weight, bias = unfolded(weight, bias)
+    if isinstance(weight, Tensor):
+        _check_targets(targets, weight.shape[0])
+        if reduction == "mean" and not torch._C._are_functorch_transforms_active():
+            return _MeanCrossEntropy.apply(hidden, weight, bias, targets, chunk, torch.is_grad_enabled())
 
     # split, not slices: the gradients of its parts are joined once, in place of one full-length sum a chunk.
     hidden_chunks = hidden.reshape(-1, hidden.shape[-1]).split(chunk)
     target_chunks = targets.flatten().split(chunk)
     losses = []
     for tokens, wanted in zip(hidden_chunks, target_chunks, strict=True):
-        losses.append(checkpoint(_token_losses, tokens, weight, bias, wanted, use_reentrant=False))
-    return torch.cat(losses).view(targets.shape)
+        losses.append(_recomputed(partial(_token_losses, weight, bias), tokens, wanted))
+    token_losses = torch.cat(losses)
+    if reduction == "none":
+        return token_losses.view(targets.shape)
+    return token_losses.sum() / (targets != IGNORED).sum().clamp(min=1)
 
 
 class _MeanCrossEntropy(torch.autograd.Function):
     """A mean's gradients differ from those of its tokens' losses by one factor, which is known before the backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk: int,
+        differentiate: bool,
+    ) -> Tensor:
         dtype, exact = product_dtype(hidden), torch.promote_types(hidden.dtype, torch.float32)
         rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.flatten()
         counted = wanted != IGNORED
         share = 1.0 / counted.sum().clamp(min=1).to(exact)
         projection = weight.to(dtype)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # What needs a gradient does so under no_grad, too, which holds in here in any case.
+        needs_hidden, needs_weight, needs_bias = (differentiate and needed for needed in ctx.needs_input_grad[:3])
         hidden_grad = torch.empty_like(rows) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=exact) if needs_weight else None
         bias_grad = torch.zeros_like(bias, dtype=exact) if needs_bias and bias is not None else None
         total = rows.new_zeros((), dtype=exact)
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
-            x, counts = rows[part].to(dtype), counted[part, None]
+            counts = counted[part, None]
+            x = torch.where(counts, rows[part].to(dtype), 0.0)  # what is left out need not be finite
             logits = F.linear(x, projection, None if bias is None else bias.to(dtype))
             scores = torch.log_softmax(logits, -1, dtype=exact)
-            index = wanted[part, None].clamp(min=0)
-            total -= (scores.gather(-1, index) * counts).sum()
-            if not any(ctx.needs_input_grad):
+            index = torch.where(counts, wanted[part, None], 0)
+            total -= torch.where(counts, scores.gather(-1, index), 0.0).sum()
+            if not (needs_hidden or needs_weight or needs_bias):
                 continue
             # d mean / d logits = (softmax - one-hot) / count
             scores.exp_().scatter_add_(-1, index, scores.new_full((), -1.0).expand_as(index)).mul_(counts * share)
@@ -122,14 +144,15 @@ class _MeanCrossEntropy(torch.autograd.Function):
             None if by_bias is None else (by_bias * grad).to(bias_dtype),
             None,
             None,
+            None,
         )
 
 
 def chunked_distillation(
     student: Tensor,
-    student_weight: Tensor,
+    student_weight: Projection,
     teacher: Tensor,
-    teacher_weight: Tensor,
+    teacher_weight: Projection,
     *,
     temperature: float = 1.0,
     counted: Tensor | None = None,
@@ -143,10 +166,11 @@ def chunked_distillation(
     Network, arXiv 1503.02531, section 2).
 
     Args:
-        student: [..., C], hidden states; student_weight: [V, C], its output projection.
-        teacher: [..., C'], without gradient; teacher_weight: [V, C'].
+        student: [..., C], hidden states; student_weight: [V, C], its output projection, or a module that computes
+            logits [n, V] of hidden states [n, C], called for a chunk at a time.
+        teacher: [..., C'], without gradient; teacher_weight: [V, C'], or a module, without gradient, too.
         temperature: T > 0.
-        counted: bool [...], which tokens count; all by default.
+        counted: bool [...], which tokens count, whatever the others hold; all by default.
         chunk: how many tokens' logits are held at once, at least 1.
 
     Returns:
@@ -157,22 +181,18 @@ def chunked_distillation(
     """
     if student.shape[:-1] != teacher.shape[:-1]:
         raise InvalidInput("teacher", f"hidden states {[*student.shape[:-1], '...']}", f"shape {tuple(teacher.shape)}")
-    if student_weight.shape[0] != teacher_weight.shape[0]:
-        got = f"{teacher_weight.shape[0]} beside {student_weight.shape[0]}"
-        raise InvalidInput("teacher_weight", "the student's number of token ids", got)
     if counted is not None and (counted.shape != student.shape[:-1] or counted.dtype != torch.bool):
         got = f"{counted.dtype} of shape {tuple(counted.shape)}"
         raise InvalidInput("counted", f"a bool tensor {list(student.shape[:-1])}", got)
     finite_number("temperature", temperature, above=0.0)
     _check_chunk(chunk)
-    losses = [
-        checkpoint(_divergences, *pair, student_weight, teacher_weight, temperature, use_reentrant=False)
-        for pair in zip(
-            student.reshape(-1, student.shape[-1]).split(chunk),
-            teacher.detach().reshape(-1, teacher.shape[-1]).split(chunk),
-            strict=True,
-        )
-    ]
+    student_chunks = student.reshape(-1, student.shape[-1]).split(chunk)
+    teacher_chunks = teacher.detach().reshape(-1, teacher.shape[-1]).split(chunk)
+    counted_chunks = [None] * len(student_chunks) if counted is None else counted.flatten().split(chunk)
+    losses = []
+    for learned, known, counts in zip(student_chunks, teacher_chunks, counted_chunks, strict=True):
+        call = partial(_divergences, student_weight, teacher_weight, temperature)
+        losses.append(_recomputed(call, learned, known, counts))
     token_losses = torch.cat(losses)
     if counted is None:
         return token_losses.sum() / max(1, token_losses.numel())
@@ -184,19 +204,20 @@ def hidden_state_loss(student: Tensor, teacher: Tensor, *, counted: Tensor | Non
 
     Args:
         student: [..., C]; teacher: of its shape, without gradient. A student of another width is projected first.
-        counted: bool [...], which tokens count; all by default.
+        counted: bool [...], which tokens count, whatever the others hold; all by default.
 
     Raises:
         InvalidInput: shapes that do not fit.
     """
     if student.shape != teacher.shape:
         raise InvalidInput("teacher", f"shape {tuple(student.shape)} as student", tuple(teacher.shape))
-    distances = 1.0 - F.cosine_similarity(student, teacher.detach(), dim=-1)
     if counted is None:
-        return distances.mean()
-    if counted.shape != distances.shape or counted.dtype != torch.bool:
+        return (1.0 - F.cosine_similarity(student, teacher.detach(), dim=-1)).mean()
+    if counted.shape != student.shape[:-1] or counted.dtype != torch.bool:
         got = f"{counted.dtype} of shape {tuple(counted.shape)}"
-        raise InvalidInput("counted", f"a bool tensor {list(distances.shape)}", got)
+        raise InvalidInput("counted", f"a bool tensor {list(student.shape[:-1])}", got)
+    student, teacher = (torch.where(counted[..., None], x, 0.0) for x in (student, teacher.detach()))
+    distances = 1.0 - F.cosine_similarity(student, teacher, dim=-1)
     return torch.where(counted, distances, 0.0).sum() / counted.sum().clamp(min=1)
 
 
@@ -256,21 +277,43 @@ def triplet_loss(anchors: Tensor, positives: Tensor, negatives: Tensor, *, margi
     return F.relu(far - near + margin).mean()
 
 
-def _token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    return F.cross_entropy(_logits(hidden, weight, bias), targets, reduction="none", ignore_index=IGNORED)
+def _recomputed(call: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """Return what the call returns; the backward computes it again, except under torch.func, which cannot have that."""
+    if torch._C._are_functorch_transforms_active():
+        return call(*tensors)
+    return checkpoint(call, *tensors, use_reentrant=False)
+
+
+def _token_losses(weight: Projection, bias: Tensor | None, hidden: Tensor, targets: Tensor) -> Tensor:
+    hidden = torch.where((targets != IGNORED)[:, None], hidden, 0.0)  # what is left out need not be finite
+    logits = _exact(project(hidden, weight, bias))
+    if not isinstance(weight, Tensor):
+        _check_targets(targets, logits.shape[-1])
+    return F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
 
 
 def _divergences(
-    student: Tensor, teacher: Tensor, student_weight: Tensor, teacher_weight: Tensor, temperature: float
+    student_weight: Projection,
+    teacher_weight: Projection,
+    temperature: float,
+    student: Tensor,
+    teacher: Tensor,
+    counted: Tensor | None,
 ) -> Tensor:
+    if counted is not None:  # what does not count need not be finite
+        student, teacher = (torch.where(counted[:, None], x, 0.0) for x in (student, teacher))
     with torch.no_grad():
-        wanted = F.log_softmax(_logits(teacher, teacher_weight) / temperature, -1)
-    found = F.log_softmax(_logits(student, student_weight) / temperature, -1)
+        taught = _exact(project(teacher, teacher_weight))
+    found = _exact(project(student, student_weight))
+    if found.shape != taught.shape:
+        got = f"{taught.shape[-1]} beside {found.shape[-1]}"
+        raise InvalidInput("teacher_weight", "the student's number of token ids", got)
+    wanted = F.log_softmax(taught / temperature, -1)
+    found = F.log_softmax(found / temperature, -1)
     return temperature**2 * F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    logits = F.linear(hidden, weight, bias)
+def _exact(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -280,7 +323,7 @@ def _check_chunk(chunk: object) -> None:
 
 
 def _check_targets(targets: Tensor, vocabulary: int) -> None:
-    if torch.compiler.is_compiling() or not targets.numel():
+    if not checkable(targets) or not targets.numel():
         return
     valid = ((targets >= 0) & (targets < vocabulary)) | (targets == IGNORED)
     if not valid.all():

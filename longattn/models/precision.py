@@ -32,6 +32,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
     What several products read is cast to it once; autocast would cast it for each.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype

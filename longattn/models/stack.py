@@ -21,6 +21,7 @@ from longattn.cache import Cache
 from longattn.errors import InvalidInput
 from longattn.models.blocks import Block, make_norm
 from longattn.models.config import TransformerConfig
+from longattn.problem import checkable, readable
 from longattn.redirection import token_places, whole_length
 
 __all__ = ["Stack", "check_ids", "draw_weights", "sinusoids"]
@@ -163,26 +164,30 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, dict[str, Any]]:
         """What the first block takes."""
         config, cu_seqlens = self.config, attention.get("cu_seqlens")
-        if cu_seqlens is not None and attention.get("max_seqlen") is None:
-            attention = {**attention, "max_seqlen": int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0}
+        longest = attention.get("max_seqlen")
+        if cu_seqlens is not None and longest is None:
+            longest = _longest(cu_seqlens, config)
+            attention = {**attention, "max_seqlen": x.shape[-2] if longest is None else longest}
         if config.scale_embeddings:
             x = x * math.sqrt(config.dim)
         if config.positions != "rope":
             places = token_places(x.shape[-2], x.device)
-            length = attention.get("max_seqlen") or whole_length(x.shape[-2])
+            length: int | None = longest or whole_length(x.shape[-2])
             given = attention.get("positions")
             if given is not None:
-                places, length = given, int(given.max()) + 1 if given.numel() else 0
+                places = given
+                length = int(given.max()) + 1 if checkable(given) and given.numel() else None
                 attention = {**attention, "positions": None}
             elif cu_seqlens is not None:
-                places = _places_in_sequences(places, cu_seqlens)
+                places, length = _places_in_sequences(places, cu_seqlens), longest
             elif caches is not None:
                 places, length = _places_after(caches[0], x, attention)
             x = x + self._position_vectors(places, length).to(x.dtype)
         if self.type_embedding is not None:
             if token_types is None:
                 token_types = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-            check_ids("token_types", token_types, config.token_types, x.dim() - 1)
+            else:
+                check_ids("token_types", token_types, config.token_types, x.dim() - 1)
             x = x + self.type_embedding(token_types)
         elif token_types is not None:
             raise InvalidInput("token_types", "None for a model without token types", "a tensor")
@@ -190,12 +195,13 @@ class Stack(nn.Module):
             x = self.embedding_norm(x)
         return self.dropout(x), attention
 
-    def _position_vectors(self, places: Tensor, length: int) -> Tensor:
+    def _position_vectors(self, places: Tensor, length: int | None) -> Tensor:
+        """The vectors of positions; length: one more than the largest, None where it is not known."""
         if self.position_embedding is None:
             return sinusoids(places, self.config.dim)
-        if length > self.config.max_length:
+        if length is not None and length > self.config.max_length:
             raise InvalidInput("tokens", f"at most max_length {self.config.max_length} (learned positions)", length)
-        return self.position_embedding(places.clamp(max=self.config.max_length - 1))  # padding may reach past it
+        return self.position_embedding(places)
 
 
 def sinusoids(places: Tensor, dim: int) -> Tensor:
@@ -243,24 +249,43 @@ def draw_weights(model: nn.Module, config: TransformerConfig) -> None:
 
 
 def check_ids(name: str, ids: Tensor, count: int, dims: int = 2) -> None:
-    """Raise InvalidInput unless these are ids below `count`, [B, N], or [T] for dims 1."""
+    """Raise InvalidInput unless these are ids below `count`, [B, N], or [T] for dims 1.
+
+    The ids themselves are read on the CPU, and with LONGATTN_CHECK=1 on a GPU, where that waits for them. Elsewhere,
+    and under a transform or a trace, the embedding that looks them up reports what is out of range.
+    """
     expected = f"an int tensor {'[B, N]' if dims == 2 else '[T]'} of ids in [0, {count})"
     if not isinstance(ids, Tensor) or ids.dim() != dims or ids.dtype not in (torch.int32, torch.int64):
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise InvalidInput(name, expected, got)
-    if torch.compiler.is_compiling() or not ids.numel():
+    if not checkable(ids) or not ids.numel():
         return
     low, high = torch.stack(ids.aminmax()).tolist()
     if low < 0 or high >= count:
         raise InvalidInput(name, expected, f"ids {low}..{high}")
 
 
+def _longest(cu_seqlens: Tensor, config: TransformerConfig) -> int | None:
+    """The length of the longest packed sequence; None where that cannot be read, and nothing but a bound is needed."""
+    by_length = config.rope is not None and config.rope.depends_on_length
+    if not by_length and not readable(cu_seqlens):
+        return None
+    return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+
+
 def _places_after(cache: Cache, x: Tensor, attention: dict[str, Any]) -> tuple[Tensor, int]:
     """Where x's tokens stand behind what a cache holds, [B, N], and how long the longest sequence becomes."""
-    places = cache.next_positions(x.shape[1], sequences=attention.get("sequences"), tree=attention.get("tree"))
+    sequences, tree = attention.get("sequences"), attention.get("tree")
+    places = cache.next_positions(x.shape[1], sequences=sequences, tree=tree)
     counts = new_lengths(attention.get("lengths"), places.shape[0], x[:, None])
-    counted = places[torch.arange(x.shape[1], device=x.device) < torch.tensor(counts, device=x.device)[:, None]]
-    return places, int(counted.max()) + 1 if counted.numel() else 0
+    if tree is None:
+        rows = range(cache.batch) if sequences is None else sequences
+        after = [cache.lengths[row] + count for row, count in zip(rows, counts, strict=True) if count]
+        length = max(after, default=0)
+    else:
+        counted = places[torch.arange(x.shape[1], device=x.device) < torch.tensor(counts, device=x.device)[:, None]]
+        length = int(counted.max()) + 1 if counted.numel() else 0
+    return places.clamp(max=max(0, length - 1)), length  # padding may reach past the last
 
 
 def _places_in_sequences(places: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -7,19 +7,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from longattn.cache import Cache, PagedKVCache, SlidingKVCache
 from longattn.errors import InvalidInput
 from longattn.models.decoder import Decoder
 from longattn.models.encoder_decoder import EncoderDecoder
+from longattn.models.projection import project
 
-__all__ = ["Model", "Reader", "check_model", "make_caches"]
+__all__ = ["Model", "Reader", "check_model", "make_caches", "placement"]
 
 Model = Decoder | EncoderDecoder
 
 _PAGE_SIZE = 128  # as many as the CPU kernels read at a time
 _PROMPT_CHUNK = 4096  # tokens of a prompt that go through the layers at once
+
+
+@torch.no_grad()
+def placement(model: Model) -> tuple[torch.dtype, torch.device]:
+    """Return the dtype and the device of what the model's layers read: those of its token embeddings.
+
+    An embedding whose weight is kept elsewhere, as in a model that accelerate offloads, is called for a token to see
+    where its output lies.
+    """
+    embedding = model.embedding
+    weight = getattr(embedding, "weight", None)
+    if isinstance(weight, Tensor) and not weight.is_meta:
+        return weight.dtype, weight.device
+    embedded = embedding(torch.zeros(1, 1, dtype=torch.int64))
+    return embedded.dtype, embedded.device
 
 
 def make_caches(
@@ -46,11 +61,12 @@ def make_caches(
     Raises:
         InvalidInput: as the caches; or positions in the cache of a model that rotates nothing.
     """
-    config, weight = model.config, model.output_weight
+    config = model.config
+    weight_dtype, device = placement(model)
     positions = config.window_positions if positions is None else positions
     if positions == "cache" and config.rope is None:
         raise InvalidInput("positions", f"'original' with positions {config.positions!r} of the model", positions)
-    shared: dict[str, Any] = {"dtype": weight.dtype if dtype is None else dtype, "device": weight.device}
+    shared: dict[str, Any] = {"dtype": weight_dtype if dtype is None else dtype, "device": device}
     shape = (batch, config.kv_heads, config.head_dim)
     pages = -(-tokens // page_size) + batch  # the last page of each need not be full
     caches: list[Cache] = []
@@ -78,7 +94,7 @@ class Reader:
     def __init__(self, model: Model, caches: Sequence[Cache], sources: Sequence[list[int]] = ()) -> None:
         self.model = model
         self.caches = caches
-        self.device = model.output_weight.device
+        self.dtype, self.device = placement(model)
         self.vocab_size = model.config.vocab_size
         self._sources = sources
         self._memory: list[Cache] = []  # what cross-attention reads, of each layer
@@ -102,27 +118,26 @@ class Reader:
         rope = self.model.config.rope
         at_once = rope is not None and rope.depends_on_length
         chunk = max(1, longest if at_once else _PROMPT_CHUNK)
-        weight = self.model.output_weight
-        last = torch.zeros(len(prompts), weight.shape[1], dtype=weight.dtype, device=self.device)
+        last = torch.zeros(len(prompts), self.model.config.dim, dtype=self.dtype, device=self.device)
         for start in range(0, longest, chunk):
             rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
             hidden = self._hidden([prompts[row][start : start + chunk] for row in rows], rows)
             for place, row in enumerate(rows):
                 if len(prompts[row]) <= start + chunk:
                     last[row] = hidden[place, len(prompts[row]) - start - 1]
-        return F.linear(last, weight)
+        return project(last, self.model.projection)
 
     @torch.no_grad()
     def read(self, tokens: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:
         """Read the next tokens of these sequences: logits [rows, V] of what follows the last of each."""
         hidden = self._hidden(tokens, rows)
         last = torch.tensor([len(part) - 1 for part in tokens], device=self.device)
-        return F.linear(hidden[torch.arange(len(rows), device=self.device), last], self.model.output_weight)
+        return project(hidden[torch.arange(len(rows), device=self.device), last], self.model.projection)
 
     @torch.no_grad()
     def read_all(self, tokens: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:
         """As `read`, with as many tokens for each: logits [rows, T, V] of what follows every one."""
-        return F.linear(self._hidden(tokens, rows), self.model.output_weight)
+        return project(self._hidden(tokens, rows), self.model.projection)
 
     def free(self, row: int) -> None:
         for cache in (*self.caches, *self._memory):
