@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
-from longattn import arguments, dtensors, ops, redirection
+from longattn import arguments, dtensors, ops, redirection, tracing
 from longattn.arguments import Positions, Window
 from longattn.backends import registry
 from longattn.explanation import Explanation, explanation
 from longattn.problem import Problem, Tensors
 from longattn.rope import Rope
+from longattn.tracing import leaf
 
 
 def attention(
@@ -79,9 +81,13 @@ def attention(
         InvalidInput: an argument breaks the contract.
         Unsupported: no backend, or not the named one, can run the call.
     """
+    if has_torch_function_variadic(q, k, v, bias):
+        traced = tracing.node(attention, (q, k, v), _keywords(locals()))
+        if traced is not None:
+            return traced
     elsewhere = redirection.target()
     if elsewhere is not None:
-        return elsewhere.attention(q, k, v, **{name: value for name, value in locals().items() if name in _KEYWORDS})
+        return elsewhere.attention(q, k, v, **_keywords(locals()))
     tensors, problem = arguments.dense(
         q,
         k,
@@ -155,10 +161,14 @@ def attention_varlen(
     Raises:
         InvalidInput, Unsupported: as `attention`; also cu_seqlens that decrease or exceed the tensors.
     """
+    if has_torch_function_variadic(q, k, v, cu_seqlens_q):
+        args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        traced = tracing.node(attention_varlen, args, _keywords(locals()))
+        if traced is not None:
+            return traced
     elsewhere = redirection.target()
     if elsewhere is not None:
-        keywords = {name: value for name, value in locals().items() if name in _KEYWORDS}
-        return elsewhere.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **keywords)
+        return elsewhere.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **_keywords(locals()))
     tensors, problem = arguments.packed(
         q,
         k,
@@ -202,6 +212,7 @@ def _run(tensors: Tensors, problem: Problem, backend: str) -> tuple[Tensor, Tens
     return out, lse
 
 
+@leaf
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The attention over the union of disjoint key sets, from the attention over each: exact and differentiable.
 
@@ -235,6 +246,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     return out.to(outs[0].dtype), lse
 
 
+@leaf
 def apply_rope(x: Tensor, rope: Rope, positions: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """x [..., N, D] with its first `rope.dim` entries rotated; out of place, differentiable in x.
 
@@ -282,6 +294,11 @@ def explain(
         return explanation(*arguments.dense(q, k, v, **keywords), backend)
     packed: Any = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return explanation(*arguments.packed(q, k, v, *packed, **keywords), backend)
+
+
+def _keywords(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of `attention` among local variables."""
+    return {name: value for name, value in variables.items() if name in _KEYWORDS}
 
 
 _KEYWORDS = frozenset(attention.__kwdefaults__ or {})

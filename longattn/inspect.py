@@ -20,6 +20,7 @@ from longattn.backends.base import Gradients
 from longattn.problem import Problem, Tensors, check_places
 from longattn.redirection import refuse_elsewhere
 from longattn.rope import Rope
+from longattn.tracing import leaf
 
 __all__ = ["AttentionStats", "attention_rows", "attention_stats"]
 
@@ -35,6 +36,7 @@ class AttentionStats(NamedTuple):
     top_weights: Tensor  # [B, Hq, Nq, top_k]: their weights, 0 where there is no key; without gradient
 
 
+@leaf
 def attention_rows(
     q: Tensor,
     k: Tensor,
@@ -96,6 +98,7 @@ def attention_rows(
     return eager.Tile(part, chosen, [slice(0, problem.nk)]).weights
 
 
+@leaf
 def attention_stats(
     q: Tensor,
     k: Tensor,

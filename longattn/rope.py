@@ -71,6 +71,11 @@ class Rope:
     def __reduce__(self) -> tuple[type[Rope], tuple[int, float, Scaling | None, bool]]:
         return type(self), (self.dim, self.base, self.scaling, self.interleaved)
 
+    def __fx_create_arg__(self, tracer: Any) -> Any:
+        """Return the node that makes an equal rope in a graph of torch.fx."""
+        arguments = tracer.create_arg(self.__reduce__()[1])
+        return tracer.create_node("call_function", type(self), arguments, {})
+
     @property
     def depends_on_length(self) -> bool:
         """Whether the frequencies change while the context grows, so that keys must be cached unrotated."""

@@ -36,7 +36,7 @@ LAYERS = (
     ("mask", "rope"),
     ("scaling",),
     ("files",),
-    ("errors", "forked", "_build_info", "_interrupt", "_version", "_with_torch", "_C"),
+    ("errors", "forked", "tracing", "_build_info", "_interrupt", "_version", "_with_torch", "_C"),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 FACADES = ("longattn", "longattn.__main__")

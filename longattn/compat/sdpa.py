@@ -12,6 +12,7 @@ from longattn.arguments import autocast_dtype, broadcasts, flag
 from longattn.compat.errors import described, renamed
 from longattn.errors import InvalidInput, Unsupported
 from longattn.functional import attention
+from longattn.tracing import leaf
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -19,6 +20,7 @@ _NAMES = ("query", "key", "value")
 _OUR_NAMES = {"q": "query", "k": "key", "v": "value", "bias": "attn_mask"}
 
 
+@leaf
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

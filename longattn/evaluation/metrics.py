@@ -94,9 +94,18 @@ def mean_loss(model: Any, batches: Any, count: int, *, dtype: torch.dtype = torc
 
 
 def retrieval_accuracy(queries: Tensor, keys: Tensor) -> float:
-    """How often a query [B, C] is nearest by cosine to its own key, row by row of [B, C], among all of them."""
+    """Return how often a query [B, C] is nearest by cosine to its own key, row by row of [B, C], among all of them.
+
+    Raises:
+        InvalidInput: shapes that do not fit, or a row that is not finite or whose length overflows float32.
+    """
     if queries.shape != keys.shape or queries.dim() != 2 or not len(queries):
         raise InvalidInput("keys", f"[B, C] as queries {tuple(queries.shape)}", tuple(keys.shape))
+    for name, x in (("queries", queries), ("keys", keys)):
+        wrong = (~torch.linalg.vector_norm(x.float(), dim=-1).isfinite()).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            raise InvalidInput(name, "finite rows, of a length that float32 holds", f"row {row}: {x[row].tolist()}")
     normalize = torch.nn.functional.normalize
     nearest = (normalize(queries.float(), dim=-1) @ normalize(keys.float(), dim=-1).T).argmax(-1)
     return (nearest == torch.arange(len(queries), device=queries.device)).float().mean().item()
@@ -107,6 +116,10 @@ def _counted(labels: Labels, predictions: Labels) -> tuple[list[int], list[int]]
     if wanted.shape != found.shape:
         raise InvalidInput("predictions", f"shape {tuple(wanted.shape)} as labels", tuple(found.shape))
     counted = wanted != IGNORED
+    for name, x in (("labels", wanted), ("predictions", found)):
+        chosen = x[counted]
+        if x.is_complex() or not chosen.isfinite().all() or (chosen.double() != chosen.double().trunc()).any():
+            raise InvalidInput(name, "whole numbers wherever a label counts", chosen.tolist())
     if not counted.any():
         raise InvalidInput("labels", "at least one that counts", f"{wanted.numel()} of which none does")
     return wanted[counted].tolist(), found[counted].tolist()

@@ -16,6 +16,7 @@ from longattn.errors import InvalidInput
 from longattn.models.config import TransformerConfig
 from longattn.models.precision import product_dtype
 from longattn.nn import Attention
+from longattn.tracing import leaf_module
 
 __all__ = ["Block", "FeedForward", "SwiGLU", "make_norm"]
 
@@ -119,6 +120,7 @@ class Block(nn.Module):
             self.feed_forward = FeedForward(config.dim, config.hidden, config.feed_forward, config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
+    @leaf_module
     def forward(
         self,
         x: Tensor,

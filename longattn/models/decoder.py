@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from longattn.cache import Cache
 from longattn.errors import InvalidInput
@@ -25,6 +26,7 @@ from longattn.models.losses import chunked_cross_entropy
 from longattn.models.projection import Projection, project, projection_of
 from longattn.models.stack import Stack, check_ids, draw_weights
 from longattn.scaling import Scaling
+from longattn.tracing import module_node
 
 __all__ = ["Decoder"]
 
@@ -94,6 +96,21 @@ class Decoder(Stack):
             InvalidInput: tokens of another shape or dtype, an id out of range, more tokens than learned positions, or
                 caches of another model.
         """
+        if has_torch_function_variadic(tokens):
+            traced = module_node(
+                self,
+                (tokens,),
+                {
+                    "key_mask": key_mask,
+                    "cu_seqlens": cu_seqlens,
+                    "caches": caches,
+                    "lengths": lengths,
+                    "sequences": sequences,
+                    "tree": tree,
+                },
+            )
+            if traced is not None:
+                return traced
         hidden = self.hidden_states(
             tokens,
             key_mask=key_mask,

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from longattn.errors import InvalidInput
 from longattn.models.config import ENCODER, TransformerConfig
 from longattn.models.stack import Stack, check_ids, draw_weights
+from longattn.tracing import module_node
 
 __all__ = ["Encoder"]
 
@@ -63,6 +65,14 @@ class Encoder(Stack):
             InvalidInput: tokens or types of another shape or dtype, an id out of range, or more tokens than learned
                 positions.
         """
+        if has_torch_function_variadic(tokens):
+            traced = module_node(
+                self,
+                (tokens,),
+                {"token_types": token_types, "key_mask": key_mask, "key_lens": key_lens, "cu_seqlens": cu_seqlens},
+            )
+            if traced is not None:
+                return traced
         check_ids("tokens", tokens, self.config.vocab_size, 2 if cu_seqlens is None else 1)
         return self.run(
             self.embedding(tokens),

@@ -15,6 +15,7 @@ from longattn.models.config import ENCODER_DECODER, TransformerConfig
 from longattn.models.losses import chunked_cross_entropy
 from longattn.models.projection import Projection, project, projection_of
 from longattn.models.stack import Stack, check_ids, draw_weights
+from longattn.tracing import leaf_module
 
 __all__ = ["EncoderDecoder"]
 
@@ -60,6 +61,7 @@ class EncoderDecoder(nn.Module):
         """
         return projection_of(self.head, self.embedding)
 
+    @leaf_module
     def forward(
         self,
         source: Tensor,

@@ -20,6 +20,7 @@ from longattn.models.losses import IGNORED, chunked_cross_entropy, info_nce
 from longattn.models.projection import Projection, project, projection_of
 from longattn.models.stack import draw_weights
 from longattn.problem import checkable, readable
+from longattn.tracing import leaf, leaf_module
 
 __all__ = ["MaskedLM", "Pooler", "SentenceEncoder", "SequenceClassifier", "TokenClassifier", "mean_pool"]
 
@@ -31,6 +32,7 @@ class Pooler(nn.Module):
         super().__init__()
         self.dense = nn.Linear(dim, dim)
 
+    @leaf_module
     def forward(self, hidden: Tensor) -> Tensor:
         if not hidden.shape[1]:
             raise InvalidInput("tokens", "at least one token", f"shape {tuple(hidden.shape[:2])}")
@@ -74,6 +76,7 @@ class MaskedLM(nn.Module):
         """
         return projection_of(self.head, self.encoder.embedding)
 
+    @leaf_module
     def forward(self, tokens: Tensor, **inputs: Any) -> Tensor:
         """The logits of what stands at each token, [B, N, V]; arguments as `Encoder.forward`."""
         return project(self.transformed(self.encoder(tokens, **inputs)), self.projection, self.output_bias)
@@ -137,6 +140,7 @@ class SequenceClassifier(nn.Module):
         self.head = nn.Linear(config.dim, classes)
         draw_weights(self, config)
 
+    @leaf_module
     def forward(self, tokens: Tensor, **inputs: Any) -> Tensor:
         """Logits [B, K]; arguments as `Encoder.forward`, not packed."""
         return self.head(self.dropout(self.pooler(self.encoder(tokens, **inputs))))
@@ -162,6 +166,7 @@ class TokenClassifier(nn.Module):
         self.head = nn.Linear(config.dim, classes)
         draw_weights(self, config)
 
+    @leaf_module
     def forward(self, tokens: Tensor, **inputs: Any) -> Tensor:
         """Logits [B, N, K]; arguments as `Encoder.forward`."""
         return self.head(self.dropout(self.encoder(tokens, **inputs)))
@@ -187,6 +192,7 @@ class SentenceEncoder(nn.Module):
         self.temperature = temperature
         self.encoder = Encoder(config)
 
+    @leaf_module
     def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         """[B, C], of length 1; a sequence without tokens is 0."""
         hidden = self.encoder(tokens, key_mask=key_mask)
@@ -200,6 +206,7 @@ class SentenceEncoder(nn.Module):
         return info_nce(queries, keys, temperature=self.temperature)
 
 
+@leaf
 def mean_pool(hidden: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """The mean over the tokens that key_mask [B, N] keeps: [B, N, C] to [B, C]; 0 where there are none."""
     if key_mask is None:

@@ -17,6 +17,7 @@ from longattn.models.precision import product_dtype
 from longattn.models.projection import Projection, project, unfolded
 from longattn.problem import checkable
 from longattn.scaling import finite_number
+from longattn.tracing import leaf
 
 __all__ = [
     "IGNORED",
@@ -30,6 +31,7 @@ __all__ = [
 IGNORED = -100  # PyTorch's ignore_index
 
 
+@leaf
 def chunked_cross_entropy(
     hidden: Tensor,
     weight: Projection,
@@ -148,6 +150,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
         )
 
 
+@leaf
 def chunked_distillation(
     student: Tensor,
     student_weight: Projection,
@@ -199,6 +202,7 @@ def chunked_distillation(
     return torch.where(counted.flatten(), token_losses, 0.0).sum() / counted.sum().clamp(min=1)
 
 
+@leaf
 def hidden_state_loss(student: Tensor, teacher: Tensor, *, counted: Tensor | None = None) -> Tensor:
     """1 - the cosine between hidden states, the mean over tokens (Sanh et al., DistilBERT, arXiv 1910.01108).
 
@@ -221,6 +225,7 @@ def hidden_state_loss(student: Tensor, teacher: Tensor, *, counted: Tensor | Non
     return torch.where(counted, distances, 0.0).sum() / counted.sum().clamp(min=1)
 
 
+@leaf
 def info_nce(
     queries: Tensor, keys: Tensor, *, temperature: float = 0.05, symmetric: bool = False, chunk: int = 1024
 ) -> Tensor:
@@ -255,6 +260,7 @@ def info_nce(
     return (loss + chunked_cross_entropy(keys / temperature, queries, own, chunk=chunk)) / 2
 
 
+@leaf
 def triplet_loss(anchors: Tensor, positives: Tensor, negatives: Tensor, *, margin: float = 0.3) -> Tensor:
     """max(0, d(anchor, positive) - d(anchor, negative) + margin) with d = 1 - cosine, the mean over the triplets.
 

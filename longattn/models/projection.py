@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 
@@ -36,8 +38,7 @@ def projection_of(head: nn.Module | None, embedding: nn.Module) -> Projection:
     if reason is not None:
         expected = "a plain torch.nn.Embedding while the output projection is tied to it (tie_embeddings=False unties)"
         raise InvalidInput("embedding", expected, reason)
-    weight = embedding.weight
-    assert isinstance(weight, Tensor)
+    weight: Any = embedding.weight
     return weight
 
 
@@ -45,7 +46,7 @@ def project(hidden: Tensor, projection: Projection, bias: Tensor | None = None) 
     """Return the logits [..., V] of hidden states [..., C], plus a bias [V] if there is one."""
     if bias is not None:
         projection, bias = unfolded(projection, bias)
-    if isinstance(projection, Tensor):
+    if isinstance(projection, Tensor | Proxy):
         return F.linear(hidden, projection, bias)
     logits = projection(hidden)
     return logits if bias is None else logits + bias

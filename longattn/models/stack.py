@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from longattn.arguments import new_lengths
@@ -23,6 +24,7 @@ from longattn.models.blocks import Block, make_norm
 from longattn.models.config import TransformerConfig
 from longattn.problem import checkable, readable
 from longattn.redirection import token_places, whole_length
+from longattn.tracing import leaf
 
 __all__ = ["Stack", "check_ids", "draw_weights", "sinusoids"]
 
@@ -204,6 +206,7 @@ class Stack(nn.Module):
         return self.position_embedding(places)
 
 
+@leaf
 def sinusoids(places: Tensor, dim: int) -> Tensor:
     """The sinusoidal positions of Vaswani et al. (arXiv 1706.03762, section 3.5), interleaved as there.
 
@@ -255,6 +258,8 @@ def check_ids(name: str, ids: Tensor, count: int, dims: int = 2) -> None:
     and under a transform or a trace, the embedding that looks them up reports what is out of range.
     """
     expected = f"an int tensor {'[B, N]' if dims == 2 else '[T]'} of ids in [0, {count})"
+    if isinstance(ids, Proxy):
+        return
     if not isinstance(ids, Tensor) or ids.dim() != dims or ids.dtype not in (torch.int32, torch.int64):
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise InvalidInput(name, expected, got)

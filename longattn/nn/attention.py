@@ -28,6 +28,7 @@ from longattn.functional import attention, attention_varlen
 from longattn.inspect import attention_rows
 from longattn.nn.checks import check_dropout, check_positive_int, check_structure
 from longattn.rope import Rope
+from longattn.tracing import leaf_module
 
 
 class Attention(nn.Module):
@@ -131,6 +132,7 @@ class Attention(nn.Module):
         if self.sink_logits is not None:
             nn.init.zeros_(self.sink_logits)
 
+    @leaf_module
     def forward(
         self,
         x: Tensor,

@@ -16,6 +16,7 @@ from longattn.functional import attention
 from longattn.mask import Mask
 from longattn.nn.checks import check_dropout, check_positive_int, check_structure
 from longattn.rope import Rope
+from longattn.tracing import leaf_module
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -97,6 +98,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if row is not None:
                 xavier_normal_(row)
 
+    @leaf_module
     def forward(
         self,
         query: Tensor,

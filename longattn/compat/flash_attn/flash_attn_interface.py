@@ -36,6 +36,7 @@ from longattn.compat.flash_attn.layers.rotary import check_width, dense_tables, 
 from longattn.compat.flash_attn.packing import token_places
 from longattn.errors import InvalidInput
 from longattn.functional import attention, attention_varlen
+from longattn.tracing import leaf
 
 WindowSize = Iterable[int]
 Output = Tensor | tuple[Tensor, Tensor, Tensor | None]
@@ -45,6 +46,7 @@ _THEIR_NAMES = {"scale": "softmax_scale", "window": "window_size"}
 _COLUMNS = 256  # every backend's largest head_dim of v
 
 
+@leaf
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -82,6 +84,7 @@ def flash_attn_func(
     return _dense((q, k, v), ("q", "k", "v"), dropout_p, keywords, return_attn_probs)
 
 
+@leaf
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -100,6 +103,7 @@ def flash_attn_kvpacked_func(
     return _dense((q, *kv.unbind(2)), ("q", "kv", "kv"), dropout_p, keywords, return_attn_probs)
 
 
+@leaf
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
@@ -117,6 +121,7 @@ def flash_attn_qkvpacked_func(
     return _dense(qkv.unbind(2), ("qkv", "qkv", "qkv"), dropout_p, keywords, return_attn_probs)
 
 
+@leaf
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -160,6 +165,7 @@ def flash_attn_varlen_func(
     return _packed((q, k, v), sequences, {}, dropout_p, keywords, return_attn_probs)
 
 
+@leaf
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -184,6 +190,7 @@ def flash_attn_varlen_kvpacked_func(
     return _packed((q, *kv.unbind(1)), sequences, names, dropout_p, keywords, return_attn_probs)
 
 
+@leaf
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
