@@ -194,7 +194,7 @@ class Attention(nn.Module):
             places = Places.at_end(x.shape[-2], x.shape[-2], x.device)
             if cu_seqlens is not None:
                 places = Places.packed(cu_seqlens, x.shape[-2])
-            q = self._scaled(q, positions if isinstance(positions, Tensor) else places.in_sequence)
+            q = self._scaled(q, places.in_sequence, positions)
             if self._moves_sinks or self._remapping is not None or (self._groups and self.training):
                 return self.o_proj(self._attend_placed(q, k, v, places, positions, bounds, key_mask, key_lens))
         call: dict[str, Any] = {
@@ -226,11 +226,17 @@ class Attention(nn.Module):
     def _moves_sinks(self) -> bool:
         return self.window_positions == "cache" and self.sinks > 0
 
-    def _scaled(self, q: Tensor, positions: Tensor) -> Tensor:
-        """q [..., N, H, D] as LogN has it."""
+    def _scaled(self, q: Tensor, places: Tensor, positions: Positions) -> Tensor:
+        """Return q [..., N, H, D] under LogN, at places [N] or [B, N] unless the caller gave other positions."""
         if self._log_n is None:
             return q
-        return self._log_n.scaled(q.transpose(-3, -2), positions).transpose(-3, -2)
+        if positions is not None:
+            places = positions if isinstance(positions, Tensor) else positions[0]
+            tokens = tuple(q.shape[:-2])
+            if not isinstance(places, Tensor) or tuple(places.shape) not in (tokens, tokens[-1:]):
+                got = tuple(places.shape) if isinstance(places, Tensor) else type(places).__name__
+                raise InvalidInput("positions", f"shape {tokens[-1:]} or {tokens} for the queries of LogN", got)
+        return self._log_n.scaled(q.transpose(-3, -2), places).transpose(-3, -2)
 
     def _attend_placed(
         self,
@@ -300,8 +306,11 @@ class Attention(nn.Module):
         self._check_input("x", x, packed=False)
         q = self._project_queries(x)
         if self._log_n is not None:
-            stand = cache.next_positions(x.shape[1], sequences=sequences, tree=tree)
-            q = self._scaled(q, stand if positions is None else positions)
+            places = cache.next_positions(x.shape[1], sequences=sequences, tree=tree)
+            if not append:  # these queries are at the newest tokens that the cache holds
+                counts = new_lengths(lengths, x.shape[0], q.transpose(1, 2))
+                places = places - torch.tensor(counts, device=places.device)[:, None]
+            q = self._scaled(q, places, positions)
         q = q.transpose(1, 2)
         k, v = [tensor.transpose(1, 2) for tensor in self._project_keys(x)] if append else (None, None)
         if self._remapping is not None:
@@ -412,7 +421,8 @@ class Attention(nn.Module):
                 "methods", "none that places tokens, to have weights", self.methods or "window_positions"
             )
         q, k, _ = self._project(x, x if context is None else context)
-        q = self._scaled(q, torch.arange(q.shape[1], device=q.device))
+        first = 0 if context is None else k.shape[1] - q.shape[1]
+        q = self._scaled(q, torch.arange(first, first + q.shape[1], device=q.device), positions)
         return attention_rows(
             q.transpose(1, 2),
             k.transpose(1, 2),

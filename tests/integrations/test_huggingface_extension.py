@@ -95,6 +95,37 @@ def test_caches_and_padding(method: Any) -> None:
     assert torch.equal(static[:, 34], whole[:, -1].argmax(-1))
 
 
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_positions_where_sliding_caches_forget(name: str, kind: str) -> None:
+    # Padding and most of the text leave the caches of sliding layers.
+    model = tiny(name, sliding_window=5, attn_implementation="longattn").eval()
+    if name != "gpt_oss":  # its experts' products know no float64
+        model = model.double()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.3)
+    sharp, text = extend(model, LogN(4)), ids(2, 30)
+    whole = sharp(text, use_cache=False).logits
+    assert not torch.allclose(whole, model(text, use_cache=False).logits, atol=1e-2)
+    padded = torch.cat((torch.zeros(2, 3, dtype=torch.int64), text), 1)
+    padded[1] = padded[1].roll(-3)
+    mask = torch.ones_like(padded)
+    mask[0, :3] = mask[1, 30:] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    cache: Any = transformers.DynamicCache(config=model.config)
+    if kind == "static":
+        cache = transformers.StaticCache(config=model.config, max_cache_len=33)
+    pieces, seen = [], 0
+    for part in padded.split([14, 1, 1, 9, 1, 1, 6], 1):
+        now, seen = slice(seen, seen + part.shape[1]), seen + part.shape[1]
+        call = {"attention_mask": mask[:, :seen], "position_ids": places[:, now]}
+        pieces.append(sharp(part, past_key_values=cache, use_cache=True, **call).logits)
+    got = torch.cat(pieces, 1)
+    torch.testing.assert_close(got[0, 3:], whole[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[1, :30], whole[1], rtol=1e-4, atol=1e-4)
+
+
 def test_packed_documents_start_anew() -> None:
     model = extend(llama(), SelfExtend(3, 5))
     first, second = ids(1, 17), ids(1, 13)
