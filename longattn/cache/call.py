@@ -97,6 +97,7 @@ def attention_with_cache(
         rotation=rotation,
         positions=positions,
         tree=tree,
+        oldest=[cache._oldest_held(row) for row in rows] if k is None else (),
     )
     chosen = registry.select(problem, backend).name
 
