@@ -46,7 +46,8 @@ class Attention(nn.Module):
         sink_logits: learn one score per head that takes part in the softmax without a value (gpt-oss); starts at 0.
         dropout: probability of dropping a weight while training.
         window_positions: where the sinks of a window stand in the rotation, "original" or "cache", as in
-            `longattn.SlidingKVCache`; with and without a cache.
+            `longattn.SlidingKVCache`; with and without a cache. With "cache" a rope whose frequencies depend on the
+            length takes those of window + sinks tokens, which is all that a query sees.
         methods: of a causal layer, any of `longattn.extension`'s LogN, ShiftedGroups (in training only), and SelfExtend
             or DualChunk, which leave a layer with a window as it is.
 
@@ -111,6 +112,9 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.window_positions = window_positions
         self.methods = tuple(methods)
+        self._rotation = rope
+        if window_positions == "cache" and rope is not None and isinstance(window, int):
+            self._rotation = rope.at_length(window + sinks)
         self._log_n = next((method for method in methods if isinstance(method, LogN)), None)
         on_full = [] if window is not None else list(methods)
         self._groups = next((method.group for method in on_full if isinstance(method, ShiftedGroups)), None)
@@ -209,7 +213,7 @@ class Attention(nn.Module):
             "softcap": self.softcap,
             "scale": self.scale,
             "sink_logits": self._sink_logits_of(q),
-            "rope": self.rope,
+            "rope": self._rotation,
             "positions": positions,
             "dropout_p": self.dropout if self.training else 0.0,
         }
@@ -255,7 +259,7 @@ class Attention(nn.Module):
         packed = q.dim() == 3
         q, k, v = ((x[None] if packed else x).transpose(1, 2) for x in (q, k, v))
         call: dict[str, Any] = {
-            "rope": self.rope,
+            "rope": self._rotation,
             "standing": (places.in_sequence, places.keys),
             "key_mask": key_mask,
             "key_lens": key_lens,
@@ -330,7 +334,7 @@ class Attention(nn.Module):
             softcap=self.softcap,
             scale=self.scale,
             sink_logits=self._sink_logits_of(q),
-            rope=self.rope,
+            rope=self._rotation,
             positions=positions,
             lengths=lengths,
             sequences=sequences,
@@ -362,7 +366,7 @@ class Attention(nn.Module):
                 keys.to(q.dtype),
                 values.to(q.dtype),
                 self._remapping.parts(places),
-                rope=self.rope,
+                rope=self._rotation,
                 standing=(places.in_sequence, places.keys),
                 scale=self.scale,
                 softcap=self.softcap,
@@ -388,7 +392,7 @@ class Attention(nn.Module):
         """
         self._check_input("context", context, packed=False)
         k, v = (tensor.transpose(1, 2) for tensor in self._project_keys(context))
-        cache.append(k, v, rope=self.rope, lengths=lengths, sequences=sequences)
+        cache.append(k, v, rope=self._rotation, lengths=lengths, sequences=sequences)
 
     def weights(
         self,
@@ -437,7 +441,7 @@ class Attention(nn.Module):
             softcap=self.softcap,
             scale=self.scale,
             sink_logits=self._sink_logits_of(q),
-            rope=self.rope,
+            rope=self._rotation,
             positions=positions,
         )
 

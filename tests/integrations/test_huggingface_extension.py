@@ -126,6 +126,68 @@ def test_positions_where_sliding_caches_forget(name: str, kind: str) -> None:
     torch.testing.assert_close(got[1, :30], whole[1], rtol=1e-4, atol=1e-4)
 
 
+ROTARY = [scaling.DynamicNTK(4, 16), scaling.LongRoPE(4, 16, (1.0, 1.0, 1.5, 2.0), (1.0, 2.0, 3.0, 4.0))]
+
+
+@pytest.mark.parametrize("rotary", ROTARY, ids=lambda scaling: scaling.name)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_cached_keys_keep_their_frequencies(rotary: Any, kind: str) -> None:
+    """What is read through a cache is what is read at once, or refused where the frequencies changed between calls."""
+
+    def cache() -> Any:
+        if kind == "dynamic":
+            return transformers.DynamicCache(config=model.config)
+        return transformers.StaticCache(config=model.config, max_cache_len=40)
+
+    model = extend(llama(num_hidden_layers=1), rotary).eval()
+    always = rotary.name == "dynamic"
+    for pieces, refused in (([9, 1, 6], False), ([16, 1], True), ([9, 8], True), ([30, 1], always), ([17, 5], always)):
+        text = ids(1, sum(pieces))
+        held = cache()
+        *before, last = text.split(pieces, 1)
+        for part in before:
+            model(part, past_key_values=held, use_cache=True)
+        if refused:
+            with pytest.raises(Unsupported, match="rotation with a cache"):
+                model(last, past_key_values=held, use_cache=True)
+            continue
+        got = model(last, past_key_values=held, use_cache=True).logits
+        torch.testing.assert_close(got, model(text, use_cache=False).logits[:, -pieces[-1] :], rtol=1e-4, atol=1e-5)
+
+    # Positions count without padding: 13 tokens after 3 of padding are 13.
+    text, padded = ids(1, 16), torch.zeros(1, 19, dtype=torch.int64)
+    padded[:, 3:], mask, held = text, (torch.arange(19) >= 3).long()[None], cache()
+    for now in (slice(0, 16), slice(16, 17), slice(17, 19)):
+        call = {"attention_mask": mask[:, : now.stop], "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, now]}
+        got = model(padded[:, now], past_key_values=held, use_cache=True, **call).logits
+    torch.testing.assert_close(got, model(text, use_cache=False).logits[:, -2:], rtol=1e-4, atol=1e-5)
+
+    prompt = ids(1, 12)
+    with pytest.raises(Unsupported, match="rotation with a cache"):
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=9, do_sample=False)
+    whole = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=9, do_sample=False, use_cache=False
+    )
+    text = prompt
+    for _ in range(whole.shape[1] - 12):
+        text = torch.cat((text, model(text, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(whole, text)
+
+
+@pytest.mark.parametrize("rotary", ROTARY, ids=lambda scaling: scaling.name)
+@pytest.mark.parametrize("method", [*LISTED, StreamingLLM(10, 0), LayerPattern("N")], ids=str)
+def test_what_rotates_again_is_refused_with_frequencies_that_change(rotary: Any, method: Any) -> None:
+    for pair in ((rotary, method), (method, rotary)):
+        if isinstance(method, LogN):
+            model = extend(extend(llama(num_hidden_layers=1), pair[0]), pair[1]).eval()
+            text = ids(1, 30)
+            got = model(text, past_key_values=transformers.DynamicCache(), use_cache=True).logits
+            torch.testing.assert_close(got, extend(from_hf(model), LogN(16))(text), rtol=1e-4, atol=1e-5)
+        else:
+            with pytest.raises(InvalidInput, match="frequencies are fixed"):
+                extend(extend(llama(), pair[0]), pair[1])
+
+
 def test_packed_documents_start_anew() -> None:
     model = extend(llama(), SelfExtend(3, 5))
     first, second = ids(1, 17), ids(1, 13)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from longattn.errors import InvalidInput, Unsupported
 from longattn.functional import attention
 from longattn.inspect import attention_rows
+from longattn.integrations.huggingface.frequencies import refuse_other_frequencies
 from longattn.integrations.huggingface.keywords import refuse_unknown
 from longattn.integrations.huggingface.methods import attend, methods_of
 from longattn.integrations.huggingface.packing import packed_bounds
@@ -77,6 +78,7 @@ def attention_forward(
             call["bounds"] = packed
             start = packed[0].view(-1, query.shape[2])
     call |= {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
+    refuse_other_frequencies(module, query, key, start, call, position_ids)
     methods = methods_of(module)
     wants_weights = output_attentions or _weights_are_captured()
     if methods:

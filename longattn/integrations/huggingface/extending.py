@@ -64,7 +64,7 @@ def _rotate_otherwise(model: nn.Module, config: Any, method: Scaling | BaseChang
     config.rope_parameters = {**old, _FULL: new} if by_layer else new
     if Rope.from_hf(config, _FULL if by_layer else None) != without_ntk(wanted):
         raise InvalidInput("model", f"one whose config can say {method}", type(model).__name__)
-    if any(isinstance(other, Remapping) for other in listed_methods(config)):
+    if any(_turns(other) for other in listed_methods(config)):
         turning_on(config, _FULL if by_layer else None)
     found = [(parent, name) for parent in model.modules() for name, child in parent.named_children() if _rotates(child)]
     if not found:
@@ -107,7 +107,7 @@ def _list(model: nn.Module, config: Any, method: Method) -> None:
             "model", f"no layers with windows, whose caches forget the sinks of {method}", config.model_type
         )
     methods = with_method(listed_methods(config), method)
-    if isinstance(method, (Remapping, StreamingLLM)) or "N" in getattr(method, "pattern", ""):
+    if _turns(method):
         parameters = getattr(config, "rope_parameters", None)
         if not isinstance(parameters, Mapping):
             raise InvalidInput("model", f"one with rotary positions, for {method}", type(model).__name__)
@@ -115,6 +115,11 @@ def _list(model: nn.Module, config: Any, method: Method) -> None:
         rope = turning_on(config, _FULL if by_layer else None)
         check_layer_methods([other for other in methods if isinstance(other, Remapping)], rope)
     setattr(config, KEY, [other.to_dict() for other in methods])
+
+
+def _turns(method: Method) -> bool:
+    """Whether layers rotate vectors again under a method, because they want them at other positions."""
+    return isinstance(method, (Remapping, StreamingLLM)) or "N" in getattr(method, "pattern", "")
 
 
 def _has_windows(config: Any) -> bool:

@@ -43,15 +43,12 @@ class Visibility(Tensor):
         offset: int32 [B], the position of query 0; None: the last query is at the position of the last key.
         lo, hi: int32 [Nq] or [B, Nq], query i sees keys lo[i] <= j < hi[i] only; or None.
         key_mask: bool [B, Nk], True = visible; or None.
-<<<<<<< HEAD
         plain: whether a causal model made it without an attention_mask and nothing but causality and a window hides
             keys, so that position_ids may say more.
         family: the model_type of the config that it was made for, for messages.
         packed: what `packing.packed_bounds` found for these position_ids, kept for the next layer.
-=======
         start: int32 [1 or B, 1 or Nq], the index at which each query's own sequence starts, past padding on the left
             and below 0 where a sliding cache has forgotten that token; None: 0. Attention does not read it, methods do.
->>>>>>> e978166 (Take LogN's positions from the query's offset, with sliding caches and padding, too)
     """
 
     left: int | None
@@ -60,13 +57,10 @@ class Visibility(Tensor):
     lo: Tensor | None
     hi: Tensor | None
     key_mask: Tensor | None
-<<<<<<< HEAD
     plain: bool
     family: str | None
     packed: tuple[Tensor, tuple[Tensor, Tensor]] | None
-=======
     start: Tensor | None
->>>>>>> e978166 (Take LogN's positions from the query's offset, with sliding caches and padding, too)
     _anchor: Tensor  # empty: torch.compile takes no tensor that consists of none
 
     @staticmethod
@@ -81,22 +75,15 @@ class Visibility(Tensor):
         lo: Tensor | None = None,
         hi: Tensor | None = None,
         key_mask: Tensor | None = None,
-<<<<<<< HEAD
         plain: bool = False,
         family: str | None = None,
-=======
         start: Tensor | None = None,
->>>>>>> e978166 (Take LogN's positions from the query's offset, with sliding caches and padding, too)
         _anchor: Tensor | None = None,
     ) -> Visibility:
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
         self.left, self.right = left, right
-<<<<<<< HEAD
-        self.offset, self.lo, self.hi, self.key_mask = offset, lo, hi, key_mask
-        self.plain, self.family, self.packed = plain, family, None
-=======
         self.offset, self.lo, self.hi, self.key_mask, self.start = offset, lo, hi, key_mask, start
->>>>>>> e978166 (Take LogN's positions from the query's offset, with sliding caches and padding, too)
+        self.plain, self.family, self.packed = plain, family, None
         self._anchor = torch.empty(0, device=device) if _anchor is None else _anchor
         return self
 
@@ -187,7 +174,6 @@ def keywords(mask: Visibility) -> dict[str, Any]:
     }
 
 
-<<<<<<< HEAD
 def hides_nothing(mask: Visibility) -> bool:
     """Whether every query sees every key, however many there are of each."""
     return mask.left is None and mask.right is None and mask.lo is None and mask.key_mask is None
@@ -236,13 +222,12 @@ def _reshaped(mask: Visibility, function: Any, sizes: list[int]) -> Visibility |
 
 def _of_rows(mask: Visibility) -> list[str]:
     """The names of the terms that have an entry for each sequence of the batch."""
-    return ["offset", "key_mask", *(("lo", "hi") if mask.lo is not None and mask.lo.dim() == 2 else ())]
+    bounds = ("lo", "hi") if mask.lo is not None and mask.lo.dim() == 2 else ()
+    start = ("start",) if mask.start is not None and mask.start.shape[0] == mask.shape[0] else ()
+    return ["offset", "key_mask", *bounds, *start]
 
 
-_TENSORS = ("offset", "lo", "hi", "key_mask", "_anchor")
-=======
 _TENSORS = ("offset", "lo", "hi", "key_mask", "start", "_anchor")
->>>>>>> e978166 (Take LogN's positions from the query's offset, with sliding caches and padding, too)
 
 
 def visibility(
@@ -314,12 +299,9 @@ def visibility(
         lo=lo,
         hi=hi,
         key_mask=key_mask,
-<<<<<<< HEAD
         plain=plain,
         family=getattr(config, "model_type", None),
-=======
         start=_start(terms, attention_mask, kv_offset, device),
->>>>>>> e978166 (Take LogN's positions from the query's offset, with sliding caches and padding, too)
     )
 
 
@@ -451,7 +433,7 @@ def _read_sequences(queries: Tensor, packed_sequence_mask: Tensor) -> _Terms | N
     lo = torch.where(starts, index, 0).cummax(dim=-1).values
     last = F.pad(starts[:, 1:], (0, 1), value=True)
     hi = torch.where(last, index + 1, ids.shape[1]).flip(-1).cummin(dim=-1).values.flip(-1)
-    return _Terms(lo=lo, hi=hi)
+    return _Terms(lo=lo, hi=hi, start=lo)
 
 
 def _read_packed(queries: Tensor, mask_functions: tuple[MaskFunction, ...]) -> _Terms | None:
@@ -483,19 +465,8 @@ def _read_packed(queries: Tensor, mask_functions: tuple[MaskFunction, ...]) -> _
     if inner is None:
         return None
     shift = queries - positions
-<<<<<<< HEAD
     lo, hi = (None if x is None else x + shift for x in (inner.lo, inner.hi))
     return sequences & _Terms(inner.left, inner.right, lo, hi)
-=======
-    inside = _Terms(inner.left, inner.right, *(None if x is None else x + shift for x in (inner.lo, inner.hi)))
-    if not starts[:, 1:].any():
-        return inside
-    index = torch.arange(ids.shape[1], device=ids.device)
-    lo = torch.where(starts, index, 0).cummax(dim=-1).values
-    last = F.pad(starts[:, 1:], (0, 1), value=True)
-    hi = torch.where(last, index + 1, ids.shape[1]).flip(-1).cummin(dim=-1).values.flip(-1)
-    return inside & _Terms(lo=lo, hi=hi, start=lo)
->>>>>>> e978166 (Take LogN's positions from the query's offset, with sliding caches and padding, too)
 
 
 def _evaluate(
