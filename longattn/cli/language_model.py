@@ -81,13 +81,13 @@ def load_language_model(
 
 
 def trained_length(model: Any) -> int:
-    """L0, the length a model was trained at before any extension."""
-    config = model.config
+    """Return L0, the length that a model was trained at: what its config says, whatever scaling it came with.
+
+    The original length of a scaling (Llama 3.1, Phi-3, DeepSeek) is that of an earlier stage of the training.
+    """
     if isinstance(model, Decoder):
-        return getattr(config.rope_scaling, "original_max_position", config.max_length)
-    text = config.get_text_config()
-    parameters = getattr(text, "rope_parameters", None) or {}
-    return int(parameters.get("original_max_position_embeddings") or text.max_position_embeddings)
+        return model.config.max_length
+    return int(model.config.get_text_config().max_position_embeddings)
 
 
 def _of_transformers(path: Path, gguf: str | None, dtype: torch.dtype, device: str, keep: bool) -> LanguageModel:

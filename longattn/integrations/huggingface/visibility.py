@@ -414,6 +414,8 @@ def _check_window(sliding_window: int) -> None:
 
 def _read_chunks(queries: Tensor, chunk_size: int, left_padding: Tensor) -> _Terms:
     """Chunks are counted from the first token after the padding."""
+    if chunk_size < 1:
+        raise InvalidInput("attention_chunk_size", "an int >= 1 in the config of a model with chunks", chunk_size)
     if on_shards() and left_padding.any():
         raise _unsupported("a mask of chunks", "padding on the left shifts them, and a shard does not know by how much")
     padding = left_padding.view(-1, 1)
