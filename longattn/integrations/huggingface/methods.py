@@ -49,7 +49,14 @@ def listed_methods(config: Any) -> tuple[Method, ...]:
         InvalidInput: an entry that is no method.
     """
     listed = getattr(config, KEY, None)
-    return _read(json.dumps(listed)) if listed else ()
+    if not listed:
+        return ()
+    if not isinstance(listed, (list, tuple)):
+        raise InvalidInput(f"config.{KEY}", "a list of methods", repr(listed))
+    try:
+        return _read(json.dumps(listed))
+    except (TypeError, RecursionError) as error:
+        raise InvalidInput(f"config.{KEY}", "a list of methods", f"{type(error).__name__}: {error}") from error
 
 
 def methods_of(module: nn.Module) -> tuple[Method, ...]:
