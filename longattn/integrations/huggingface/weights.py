@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longattn.errors import InvalidInput
 
-__all__ = ["Names", "Weight", "to_ours", "to_theirs", "without_derived"]
+__all__ = ["Names", "Weight", "is_finite", "to_ours", "to_theirs", "without_derived"]
 
 
 class Weight(NamedTuple):
@@ -53,14 +53,14 @@ def to_ours(names: Names, theirs: Mapping[str, Tensor], shapes: Mapping[str, tor
         ours[name] = (
             value if transposed is False and part is None else value.clone(memory_format=torch.contiguous_format)
         )
-    problems += [f"{name} is not finite" for name in sorted(wanted & theirs.keys()) if not _is_finite(theirs[name])]
+    problems += [f"{name} is not finite" for name in sorted(wanted & theirs.keys()) if not is_finite(theirs[name])]
     if problems:
         listing = "; ".join(sorted(problems)[:8]) + (f"; {len(problems) - 8} more" if len(problems) > 8 else "")
         raise InvalidInput("checkpoint", "the weights that its config asks for", listing)
     return ours
 
 
-def _is_finite(weight: Tensor) -> bool:
+def is_finite(weight: Tensor) -> bool:
     """Whether all numbers of a floating tensor are finite, without a tensor of as many flags."""
     if weight.dtype not in _DTYPES or not weight.numel() or weight.is_meta:
         return True
