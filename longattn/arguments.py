@@ -221,11 +221,13 @@ def cached(
     rotation: Rotation | None = None,
     positions: Tensor | None = None,
     tree: Tensor | Sequence[int] | None = None,
+    oldest: Sequence[int] = (),
 ) -> tuple[CacheTensors, Problem]:
     """Check a call on a cache: q [B, Hq, T, D], or None to append only, and new k and v [B, Hkv, T, D or Dv], or None.
 
     Args:
         after: the sequences' lengths after the call; counts: how many of T are theirs.
+        oldest: of a ring, the first token of each sequence, sinks aside, from which on it holds all.
     """
     batch, device = len(counts), shape.device
     q, k, v = _new_tokens(q, k, v, batch, shape)
@@ -235,8 +237,8 @@ def cached(
     if max(after) > _INT32_MAX:
         raise InvalidInput("k", "sequences of less than 2^31 tokens", f"{max(after)}")
     mask = _cache_mask(causal, window, sinks, shape)
-    if k is None:  # else room was made for the new tokens
-        _check_ring(mask, shape, after, counts)
+    if k is None and shape.ring:  # else room was made for the new tokens
+        _check_ring(mask, shape, after, counts, oldest)
     alibi_slopes = _floats("alibi_slopes", alibi_slopes, ((q_heads,), (batch, q_heads)), device)
     sink_logits = _floats("sink_logits", sink_logits, ((q_heads,),), device)
     for name, parameter in (("alibi_slopes", alibi_slopes), ("sink_logits", sink_logits)):
@@ -527,14 +529,12 @@ def _cache_mask(causal: bool, window: Window, sinks: int | None, shape: CacheSha
     return mask
 
 
-def _check_ring(mask: Mask, shape: CacheShape, after: list[int], counts: list[int]) -> None:
-    """Queries of old tokens may see keys that newer ones have taken the slots of."""
-    if mask.left is None or not shape.ring:
-        return
-    wrapped = [count for n, count in zip(after, counts, strict=True) if n > shape.sinks + shape.ring]
-    seen = mask.left + max(wrapped, default=0)
-    if seen > shape.ring:
-        raise InvalidInput("window", "keys that the ring still holds", f"{seen} keys of {shape.ring}")
+def _check_ring(mask: Mask, shape: CacheShape, after: list[int], counts: list[int], oldest: Sequence[int]) -> None:
+    """Raise InvalidInput if a query of old tokens sees a key whose slot another token has taken or had."""
+    for length, count, held in zip(after, counts, oldest, strict=True):
+        seen = max(shape.sinks, 0 if mask.left is None else length - count - mask.left)
+        if count and seen < min(held, length):
+            raise InvalidInput("window", "keys that the ring still holds", f"keys from {seen} on; it has {held} on")
 
 
 def draft_tree(tree: object, batch: int, nq: int, device: torch.device) -> tuple[Tensor, Tensor]:

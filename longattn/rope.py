@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longattn.errors import InvalidInput
 from longattn.scaling import (
+    AtLength,
     DynamicNTK,
     Frequencies,
     Linear,
@@ -80,6 +81,12 @@ class Rope:
     def depends_on_length(self) -> bool:
         """Whether the frequencies change while the context grows, so that keys must be cached unrotated."""
         return self.scaling is not None and self.scaling.depends_on_length
+
+    def at_length(self, length: int) -> Rope:
+        """Return the rotation whose frequencies are those of `length` tokens, however long the context is."""
+        if self.scaling is None or not self.depends_on_length:
+            return self
+        return Rope(self.dim, self.base, AtLength(self.scaling, length), self.interleaved)
 
     def frequencies(self, length: int, device: torch.device | str = "cpu") -> Frequencies:
         """The frequencies of a context of `length` tokens, the cached ones included.

@@ -114,6 +114,21 @@ class Scaling(Named, ABC, kind="scaling"):
         return self.regime(1) != self.regime(sys.maxsize)
 
 
+@dataclass(frozen=True)
+class AtLength(Scaling):
+    """Another scaling's frequencies for one length, whatever the context's. It has no name: it is made, not saved.
+
+    Args:
+        scaling: whose frequencies; length: in tokens.
+    """
+
+    scaling: Scaling
+    length: int
+
+    def frequencies(self, dim: int, base: float, length: int) -> Frequencies:
+        return self.scaling.frequencies(dim, base, self.length)
+
+
 def from_dict(values: Mapping[str, Any]) -> Scaling:
     """The scaling that `Scaling.to_dict` described.
 

@@ -307,6 +307,10 @@ class Cache(ABC):
     def _make_own(self, sequence: int, length: int) -> None:  # noqa: B027
         """Share nothing with other sequences past the first `length` tokens."""
 
+    def _oldest_held(self, sequence: int) -> int:
+        """Return the first token, sinks aside, from which on all are held."""
+        return 0
+
     def _held(self, sequence: int) -> Tensor:
         """Positions of the tokens that the cache still has."""
         return torch.arange(self._lengths[sequence], device=self.device)

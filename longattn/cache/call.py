@@ -126,6 +126,7 @@ def _attend(
         after,
         counts,
         rotation=rotation,
+        oldest=[cache._oldest_held(row) for row in rows] if k is None else (),
         **keywords,
     )
     chosen = registry.select(problem, backend).name

@@ -104,6 +104,9 @@ class SlidingKVCache(Cache):
     def _slots(self, positions: Tensor, ring: int) -> Tensor:
         return torch.where(positions < self.sinks, positions, self.sinks + (positions - self.sinks) % ring)
 
+    def _oldest_held(self, sequence: int) -> int:
+        return self._oldest[sequence]
+
     def _held(self, sequence: int) -> Tensor:
         length = self._lengths[sequence]
         return self._positions(max(self._oldest[sequence], length - self.window), length)
@@ -127,6 +130,7 @@ class SlidingKVCache(Cache):
             if part is not None:
                 part[target] = part[source]
         self._oldest[target] = self._oldest[source]
+        self._drop(target, length)
 
     def _permute(self, index: list[int]) -> None:
         self._storage = self._storage.take(torch.tensor(index, device=self.device))

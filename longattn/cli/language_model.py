@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from longattn.integrations import huggingface
 from longattn.models import Decoder, decode_bytes
 from longattn.training import load_model
 
-__all__ = ["LanguageModel", "load_language_model", "trained_length"]
+__all__ = ["LanguageModel", "check_draft", "load_language_model", "trained_length"]
 
 _CHECKPOINT = "model.safetensors"
+_MESSAGE = "The message of the user stands here."  # found again in a rendered template
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class LanguageModel:
     """What reads and what makes its tokens.
 
     model: a Decoder of ours, or a model of transformers that ours cannot say. encode, decode: without special tokens.
-    prefix: tokens that a text starts with. stop_tokens: that end it. card: beside a checkpoint of ours; None otherwise.
+    prefix: tokens that a text starts with. stop_tokens: those that end it, by the model's folder: all of them. card: beside a checkpoint of ours; None otherwise.
     tokenizer: of transformers; None for ours. theirs: the model as transformers made it, where `keep` asked for it.
     """
 
@@ -38,6 +39,52 @@ class LanguageModel:
     card: Card | None = None
     tokenizer: Any = None
     theirs: Any = None
+
+    def chat(self, text: str) -> list[int]:
+        """Return the tokens of a message of a user, and of the beginning of an answer, by the model's chat template.
+
+        Raises:
+            InvalidInput: a model without a chat template, or one that fails.
+        """
+        return self.encode(self._rendered(text))
+
+    def chat_frame(self) -> tuple[list[int], list[int]]:
+        """Return the tokens before a message of a user and those after it, by the model's chat template.
+
+        Raises:
+            InvalidInput: as `chat`; or a template that does not repeat the message.
+        """
+        parts = self._rendered(_MESSAGE).split(_MESSAGE)
+        if len(parts) != 2:
+            raise InvalidInput("--chat", "a chat template that has the message once", f"{len(parts) - 1} times")
+        before, after = parts
+        return self.encode(before), self.encode(after)
+
+    def vocabulary(self) -> dict[str, int] | None:
+        """Return the text of every token and its id; None for bytes."""
+        if self.tokenizer is not None:
+            return dict(self.tokenizer.get_vocab())
+        inner = getattr(None if self.card is None else self.card.tokenizer, "tokenizer", None)
+        return None if inner is None else dict(inner.get_vocab())
+
+    def _rendered(self, text: str) -> str:
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise InvalidInput("--chat", "a model whose tokenizer has a chat template", "one without")
+        with huggingface.readable("--chat", "a chat template that takes a message of a user", "chat template"):
+            messages = [{"role": "user", "content": text}]
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def check_draft(model: LanguageModel, draft: LanguageModel) -> None:
+    """Raise InvalidInput unless both models' tokens are the same."""
+    ours, theirs = model.vocabulary(), draft.vocabulary()
+    if ours == theirs:
+        return
+    got = "another kind of tokenizer"
+    if ours is not None and theirs is not None:
+        others = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        got = f"one with {len(others):,} other tokens, such as {others[0]!r}"
+    raise InvalidInput("--draft", "a model with the tokenizer of the model that it drafts for", got)
 
 
 def load_language_model(
@@ -81,27 +128,26 @@ def load_language_model(
 
 
 def trained_length(model: Any) -> int:
-    """L0, the length a model was trained at before any extension."""
-    config = model.config
+    """Return L0, the length that a model was trained at: what its config says, whatever scaling it came with.
+
+    The original length of a scaling (Llama 3.1, Phi-3, DeepSeek) is that of an earlier stage of the training.
+    """
     if isinstance(model, Decoder):
-        return getattr(config.rope_scaling, "original_max_position", config.max_length)
-    text = config.get_text_config()
-    parameters = getattr(text, "rope_parameters", None) or {}
-    return int(parameters.get("original_max_position_embeddings") or text.max_position_embeddings)
+        return model.config.max_length
+    return int(model.config.get_text_config().max_position_embeddings)
 
 
 def _of_transformers(path: Path, gguf: str | None, dtype: torch.dtype, device: str, keep: bool) -> LanguageModel:
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     huggingface.register()
-    where: dict[str, Any] = {"local_files_only": True} | ({"gguf_file": gguf} if gguf else {})
-    try:
-        config = None if gguf else AutoConfig.from_pretrained(path, local_files_only=True)
+    # No code of the folder runs, and transformers does not offer to run it.
+    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    where |= {"gguf_file": gguf} if gguf else {}
+    config = None if gguf else huggingface.read_config(path)
+    with huggingface.readable("MODEL", "a folder with a tokenizer that transformers reads without running code", path):
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
-    except (OSError, ValueError) as error:
-        expected = "a folder with a configuration and a tokenizer that transformers can read"
-        raise InvalidInput("MODEL", expected, f"{path}: {error}") from error
     theirs: Any = None
     model: Any = None
     if config is not None and not keep:
@@ -110,10 +156,22 @@ def _of_transformers(path: Path, gguf: str | None, dtype: torch.dtype, device: s
         except InvalidInput:
             model = None  # a model that ours cannot say runs as it is
     if model is None:
-        with _quiet(transformers):
-            theirs = AutoModelForCausalLM.from_pretrained(
-                path, attn_implementation=huggingface.registration.NAME, dtype=dtype, **where
-            ).eval()
+        if (path / "model.safetensors.index.json").is_file():
+            huggingface.weight_files(path)
+        with _quiet(transformers), huggingface.readable("MODEL", "a causal language model of transformers", path):
+            theirs, loading = AutoModelForCausalLM.from_pretrained(
+                path,
+                attn_implementation=huggingface.registration.NAME,
+                dtype=dtype,
+                output_loading_info=True,
+                **where,
+            )
+        theirs.eval()
+        if missing := sorted(loading["missing_keys"]):
+            raise InvalidInput("MODEL", "a folder with all weights of its model", f"missing {', '.join(missing[:8])}")
+        for name, weight in theirs.named_parameters():
+            if not huggingface.is_finite(weight):
+                raise InvalidInput("MODEL", "a folder with finite weights", f"{name} is not finite")
         if gguf:
             _forget_quantization(theirs)
         try:
@@ -121,7 +179,8 @@ def _of_transformers(path: Path, gguf: str | None, dtype: torch.dtype, device: s
         except InvalidInput:
             model = theirs
     model = model.to(device)
-    stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    config = theirs.config if config is None else config
+    generation = _generation_config(path, theirs)
 
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
@@ -129,9 +188,41 @@ def _of_transformers(path: Path, gguf: str | None, dtype: torch.dtype, device: s
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
-    prefix = () if tokenizer.bos_token_id is None else tuple(tokenizer.encode(""))[:1]
+    first = tuple(tokenizer.encode(""))[:1]
+    prefix = first if tokenizer.bos_token_id is not None and first == (tokenizer.bos_token_id,) else ()
+    text = config.get_text_config()
+    stop = _stop_tokens(text.vocab_size, (tokenizer, config, text, generation))
     kept = theirs if keep or model is theirs else None
     return LanguageModel(model, encode, decode, prefix, stop, tokenizer=tokenizer, theirs=kept)
+
+
+def _generation_config(path: Path, theirs: Any) -> Any:
+    """Return what a folder's generation_config.json says, or what transformers made of it; None without either."""
+    from transformers import GenerationConfig
+
+    if theirs is not None:
+        return theirs.generation_config
+    if not (path / "generation_config.json").is_file():
+        return None
+    with huggingface.readable("MODEL", "a folder with a complete generation_config.json", path):
+        return GenerationConfig.from_pretrained(path, local_files_only=True)
+
+
+def _stop_tokens(vocab_size: int, sources: Iterable[Any]) -> tuple[int, ...]:
+    """Return the ids that a tokenizer or a config says end a text. Each names one, several or none.
+
+    Those that the model does not have, such as -1, end nothing and are left out.
+    """
+    found: set[int] = set()
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        for token in ids if isinstance(ids, (list, tuple)) else [ids]:
+            if token is None:
+                continue
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise InvalidInput("MODEL", "an eos_token_id that is an int or a list of ints", repr(ids))
+            found.add(token)
+    return tuple(sorted(token for token in found if 0 <= token < vocab_size))
 
 
 def _forget_quantization(model: Any) -> None:

@@ -107,7 +107,7 @@ class HuggingFaceReader:
 
     @property
     def length_matters(self) -> bool:
-        parameters = getattr(self.model.config, "rope_parameters", None) or {}
+        parameters = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
         kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
         return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
@@ -128,8 +128,15 @@ class HuggingFaceReader:
 
     def answer(self, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
         ids = torch.tensor([list(prompt)], device=self.model.device)
+        if self.length_matters:  # the keys of a cache would keep the frequencies of fewer tokens
+            for _ in range(new_tokens):
+                with torch.no_grad():
+                    newest = self.model(ids, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+                yield int(newest)
+                ids = torch.cat((ids, newest), 1)
+            return
         cache = None
-        parts = ids.split(ids.shape[1] if self.length_matters else _PIECE, 1)
+        parts = ids.split(_PIECE, 1)
         for _ in range(new_tokens):
             with torch.no_grad():
                 for part in parts:

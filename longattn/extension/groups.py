@@ -21,6 +21,7 @@ def attend_in_shifted_groups(
     places: Places,
     group: int,
     *,
+    first_seen: Tensor | None = None,
     sink_logits: Tensor | None = None,
     **keywords: Any,
 ) -> Tensor:
@@ -31,6 +32,7 @@ def attend_in_shifted_groups(
     Args:
         q, k, v, keywords: as in `attend_in_parts`.
         group: tokens of a group, even; the first group of shifted heads has half as many.
+        first_seen: int [Nq] or [B, Nq], the first key that each query may see, for layers with chunks of their own.
 
     Raises:
         InvalidInput: a single head.
@@ -48,7 +50,8 @@ def attend_in_shifted_groups(
     outs = []
     for of_q, of_k, shift in halves:
         first = (torch.div(at + shift, group, rounding_mode="floor") * group - shift).clamp(min=0)
-        part = Part(places.starts + first, places.queries + 1)
+        lo = places.starts + first
+        part = Part(lo if first_seen is None else lo.maximum(first_seen), places.queries + 1)
         sinks = None if sink_logits is None else sink_logits[of_q]
         outs.append(attend_in_parts(q[:, of_q], k[:, of_k], v[:, of_k], [part], sink_logits=sinks, **keywords))
     return torch.cat(outs, dim=1)

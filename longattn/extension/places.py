@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longattn.redirection import token_places
+
 
 class Places(NamedTuple):
     """Queries and keys of one causal call.
@@ -27,14 +29,18 @@ class Places(NamedTuple):
 
     @classmethod
     def at_end(cls, queries: int, keys: int, device: torch.device) -> Places:
-        """Of one sequence, whose last query stands at its last key."""
-        places = torch.arange(keys - queries, keys, device=device)
-        return cls(places, torch.zeros_like(places), torch.arange(keys, device=device))
+        """Return the places of one sequence, whose last query is at its last key.
+
+        Where tokens are a shard of a sequence, places are those in the whole sequence.
+        """
+        at = token_places(keys, device)
+        places = at[keys - queries :]
+        return cls(places, torch.zeros_like(places), at)
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, tokens: int) -> Places:
-        """Of sequences one after another; tokens past the last are one more."""
-        places = torch.arange(tokens, device=cu_seqlens.device)
+        """Return the places of sequences one after another; tokens past the last are one more."""
+        places = token_places(tokens, cu_seqlens.device)
         index = torch.searchsorted(cu_seqlens.to(torch.int64), places, right=True) - 1
         starts = cu_seqlens.to(torch.int64)[index]
         return cls(places, starts, places - starts)

@@ -26,8 +26,12 @@ def extend(model: nn.Module, method: Scaling | Method) -> Any:
     Returns:
         Of the model's class. What is saved with it says the method; weights are new for learned positions only.
 
+    Warns:
+        UserWarning: the method replaces a scaling that the model had, or the model reads less far with it than before.
+
     Raises:
-        InvalidInput: a model that has no use for the method.
+        InvalidInput: a model that has no use for the method; sizes that make no sense for it, such as a window that is
+            not below the length that it reads; a method that a Hugging Face model's config class does not save.
     """
     if isinstance(model, Decoder | Encoder | EncoderDecoder):
         return models.extend(model, method)

@@ -7,7 +7,7 @@ from longattn.models.decoder import Decoder
 from longattn.models.distillation import Distillation
 from longattn.models.encoder import Encoder
 from longattn.models.encoder_decoder import EncoderDecoder
-from longattn.models.extending import extend, extended_config, with_method
+from longattn.models.extending import check_sense, extend, extended_config, with_method
 from longattn.models.generation import (
     GREEDY,
     Beam,
@@ -55,6 +55,7 @@ __all__ = [
     "autocast",
     "beam_search",
     "build",
+    "check_sense",
     "chunked_cross_entropy",
     "chunked_distillation",
     "decode_bytes",

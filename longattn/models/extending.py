@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +13,13 @@ from torch import nn
 from longattn.errors import InvalidInput
 from longattn.extension import (
     BaseChange,
+    DualChunk,
     LayerPattern,
     LearnedPositions,
     LogN,
     Method,
     Remapping,
+    SelfExtend,
     ShiftedGroups,
     StreamingLLM,
 )
@@ -24,9 +28,9 @@ from longattn.models.config import SLIDING, TransformerConfig
 from longattn.models.decoder import Decoder
 from longattn.models.encoder import Encoder
 from longattn.models.encoder_decoder import EncoderDecoder
-from longattn.scaling import Scaling
+from longattn.scaling import NTK, DynamicNTK, Linear, Llama3, LongRoPE, Scaling, YaRN
 
-__all__ = ["extend", "extended_config", "with_method"]
+__all__ = ["check_sense", "extend", "extended_config", "with_method"]
 
 _KINDS: tuple[tuple[type[Method], ...], ...] = (
     (LogN,),
@@ -41,12 +45,16 @@ def extend(model: Decoder | Encoder | EncoderDecoder, method: Scaling | Method) 
 
     Learned positions alone are new weights.
 
+    Warns:
+        UserWarning: the method replaces a scaling of the model, or the model reads less far with it.
+
     Raises:
         InvalidInput: a model that has no use for the method, or one with a head: extend its encoder.
     """
     if not isinstance(model, (Decoder, Encoder, EncoderDecoder)):
         raise InvalidInput("model", "a Decoder, Encoder or EncoderDecoder", type(model).__name__)
     config = extended_config(model.config, method)
+    check_sense(model.config.max_length, model.config.rope_scaling, method)
     with torch.device("meta"):
         extended = build(config)
     state = model.state_dict(keep_vars=True)
@@ -89,6 +97,50 @@ def extended_config(config: TransformerConfig, method: Scaling | Method) -> Tran
         case LogN() | ShiftedGroups() | Remapping():
             return replace(config, methods=with_method(config.methods, method))
     raise InvalidInput("method", "a longattn.scaling.Scaling or a longattn.extension.Method", method)
+
+
+def check_sense(trained: int, scaling: Scaling | None, method: Scaling | Method) -> None:
+    """Refuse a method whose sizes make no sense for a model, and warn where it takes something away.
+
+    Args:
+        trained: the length that the model was trained at. scaling: the one that it has.
+
+    Warns:
+        UserWarning: as `extend`.
+
+    Raises:
+        InvalidInput: a window or distance that is not below the length that the model reads, or a group of one.
+    """
+    limit = max(trained, _reach(trained, scaling))
+    if isinstance(method, Scaling):
+        if scaling is not None and scaling != method:
+            warnings.warn(f"{method} replaces {scaling}, which the model had", stacklevel=4)
+        reach = _reach(trained, method)
+        if reach < limit:
+            known = f"{limit:,.0f} tokens, trained or scaled to" if limit < math.inf else f"any length, by {scaling}"
+            warnings.warn(f"the model reads about {reach:,.0f} tokens with {method}, before {known}", stacklevel=4)
+        return
+    expected = f"less than the {limit:,.0f} tokens that the model reads"
+    if isinstance(method, (SelfExtend, StreamingLLM, LayerPattern)) and (method.window or 0) >= limit:
+        raise InvalidInput("window", expected, method.window)
+    if isinstance(method, StreamingLLM) and method.window + method.sinks > limit:
+        raise InvalidInput("sinks", f"with the window at most the {limit:,.0f} tokens that the model reads", method)
+    if isinstance(method, DualChunk) and method.longest >= limit:
+        raise InvalidInput("longest", expected, method.longest)
+    if isinstance(method, SelfExtend) and method.group == 1:
+        raise InvalidInput("group", "an int >= 2, as a group of one token leaves all positions as they are", 1)
+
+
+def _reach(trained: int, scaling: Scaling | None) -> float:
+    """Return the tokens that a scaling is for."""
+    match scaling:
+        case DynamicNTK():
+            return math.inf
+        case YaRN() | LongRoPE() | Llama3():
+            return scaling.factor * scaling.original_max_position
+        case Linear() | NTK():
+            return scaling.factor * trained
+    return trained
 
 
 def with_method(methods: tuple[Method, ...], method: Method) -> tuple[Method, ...]:

@@ -47,7 +47,8 @@ class Attention(nn.Module):
         sink_logits: learn one score per head that takes part in the softmax without a value (gpt-oss); starts at 0.
         dropout: probability of dropping a weight while training.
         window_positions: where the sinks of a window stand in the rotation, "original" or "cache", as in
-            `longattn.SlidingKVCache`; with and without a cache.
+            `longattn.SlidingKVCache`; with and without a cache. With "cache" a rope whose frequencies depend on the
+            length takes those of window + sinks tokens, which is all that a query sees.
         methods: of a causal layer, any of `longattn.extension`'s LogN, ShiftedGroups (in training only), and SelfExtend
             or DualChunk, which leave a layer with a window as it is.
 
@@ -112,6 +113,9 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.window_positions = window_positions
         self.methods = tuple(methods)
+        self._rotation = rope
+        if window_positions == "cache" and rope is not None and isinstance(window, int):
+            self._rotation = rope.at_length(window + sinks)
         self._log_n = next((method for method in methods if isinstance(method, LogN)), None)
         on_full = [] if window is not None else list(methods)
         self._groups = next((method.group for method in on_full if isinstance(method, ShiftedGroups)), None)
@@ -196,7 +200,7 @@ class Attention(nn.Module):
             places = Places.at_end(x.shape[-2], x.shape[-2], x.device)
             if cu_seqlens is not None:
                 places = Places.packed(cu_seqlens, x.shape[-2])
-            q = self._scaled(q, positions if isinstance(positions, Tensor) else places.in_sequence)
+            q = self._scaled(q, places.in_sequence, positions)
             if self._moves_sinks or self._remapping is not None or (self._groups and self.training):
                 return self.o_proj(self._attend_placed(q, k, v, places, positions, bounds, key_mask, key_lens))
         call: dict[str, Any] = {
@@ -211,7 +215,7 @@ class Attention(nn.Module):
             "softcap": self.softcap,
             "scale": self.scale,
             "sink_logits": self._sink_logits_of(q),
-            "rope": self.rope,
+            "rope": self._rotation,
             "positions": positions,
             "dropout_p": self.dropout if self.training else 0.0,
         }
@@ -228,11 +232,17 @@ class Attention(nn.Module):
     def _moves_sinks(self) -> bool:
         return self.window_positions == "cache" and self.sinks > 0
 
-    def _scaled(self, q: Tensor, positions: Tensor) -> Tensor:
-        """q [..., N, H, D] as LogN has it."""
+    def _scaled(self, q: Tensor, places: Tensor, positions: Positions) -> Tensor:
+        """Return q [..., N, H, D] under LogN, at places [N] or [B, N] unless the caller gave other positions."""
         if self._log_n is None:
             return q
-        return self._log_n.scaled(q.transpose(-3, -2), positions).transpose(-3, -2)
+        if positions is not None:
+            places = positions if isinstance(positions, Tensor) else positions[0]
+            tokens = tuple(q.shape[:-2])
+            if not isinstance(places, Tensor) or tuple(places.shape) not in (tokens, tokens[-1:]):
+                got = tuple(places.shape) if isinstance(places, Tensor) else type(places).__name__
+                raise InvalidInput("positions", f"shape {tokens[-1:]} or {tokens} for the queries of LogN", got)
+        return self._log_n.scaled(q.transpose(-3, -2), places).transpose(-3, -2)
 
     def _attend_placed(
         self,
@@ -251,7 +261,7 @@ class Attention(nn.Module):
         packed = q.dim() == 3
         q, k, v = ((x[None] if packed else x).transpose(1, 2) for x in (q, k, v))
         call: dict[str, Any] = {
-            "rope": self.rope,
+            "rope": self._rotation,
             "standing": (places.in_sequence, places.keys),
             "key_mask": key_mask,
             "key_lens": key_lens,
@@ -302,8 +312,11 @@ class Attention(nn.Module):
         self._check_input("x", x, packed=False)
         q = self._project_queries(x)
         if self._log_n is not None:
-            stand = cache.next_positions(x.shape[1], sequences=sequences, tree=tree)
-            q = self._scaled(q, stand if positions is None else positions)
+            places = cache.next_positions(x.shape[1], sequences=sequences, tree=tree)
+            if not append:  # these queries are at the newest tokens that the cache holds
+                counts = new_lengths(lengths, x.shape[0], q.transpose(1, 2))
+                places = places - torch.tensor(counts, device=places.device)[:, None]
+            q = self._scaled(q, places, positions)
         q = q.transpose(1, 2)
         k, v = [tensor.transpose(1, 2) for tensor in self._project_keys(x)] if append else (None, None)
         if self._remapping is not None:
@@ -323,7 +336,7 @@ class Attention(nn.Module):
             softcap=self.softcap,
             scale=self.scale,
             sink_logits=self._sink_logits_of(q),
-            rope=self.rope,
+            rope=self._rotation,
             positions=positions,
             lengths=lengths,
             sequences=sequences,
@@ -355,7 +368,7 @@ class Attention(nn.Module):
                 keys.to(q.dtype),
                 values.to(q.dtype),
                 self._remapping.parts(places),
-                rope=self.rope,
+                rope=self._rotation,
                 standing=(places.in_sequence, places.keys),
                 scale=self.scale,
                 softcap=self.softcap,
@@ -381,7 +394,7 @@ class Attention(nn.Module):
         """
         self._check_input("context", context, packed=False)
         k, v = (tensor.transpose(1, 2) for tensor in self._project_keys(context))
-        cache.append(k, v, rope=self.rope, lengths=lengths, sequences=sequences)
+        cache.append(k, v, rope=self._rotation, lengths=lengths, sequences=sequences)
 
     def weights(
         self,
@@ -414,7 +427,8 @@ class Attention(nn.Module):
                 "methods", "none that places tokens, to have weights", self.methods or "window_positions"
             )
         q, k, _ = self._project(x, x if context is None else context)
-        q = self._scaled(q, torch.arange(q.shape[1], device=q.device))
+        first = 0 if context is None else k.shape[1] - q.shape[1]
+        q = self._scaled(q, torch.arange(first, first + q.shape[1], device=q.device), positions)
         return attention_rows(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -429,7 +443,7 @@ class Attention(nn.Module):
             softcap=self.softcap,
             scale=self.scale,
             sink_logits=self._sink_logits_of(q),
-            rope=self.rope,
+            rope=self._rotation,
             positions=positions,
         )
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import longattn
 from cache_model import KINDS, SINKS, WINDOW, make_cache
 from longattn import CacheFull, InvalidInput, KVCache, PagedKVCache, SlidingKVCache, attention_with_cache
 from longattn.backends import registry
@@ -32,7 +33,7 @@ class Fuzz:
     def run(self, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
         actions = [self.append] * 6 + [self.fail, self.fork, self.free, self.allocate, self.truncate, self.accept]
-        actions += [self.reorder, self.misuse]
+        actions += [self.reorder, self.misuse, self.look, self.look]
         for _ in range(steps):
             self.random.choice(actions)()
             self.check()
@@ -156,6 +157,30 @@ class Fuzz:
             self.cache.reorder(index)
             self.sequences = [list(self.sequences[row]) for row in index]
 
+    def look(self) -> None:
+        """Attend without appending: queries of 0 give the mean of the values that they see, or are refused."""
+        row = self.pick()
+        if row is None:
+            return
+        tokens, new = self.sequences[row], self.random.choice((1, 2, 6))
+        q = torch.zeros(1, KV_HEADS, new, WIDTHS[0])
+        try:
+            out = attention_with_cache(q, None, None, self.cache, sequences=[row])
+        except InvalidInput as error:
+            assert isinstance(self.cache, SlidingKVCache) and error.argument == "window"
+            first = max(SINKS, len(tokens) - new - WINDOW + 1)
+            assert first < self.cache._oldest[row] <= len(tokens) + 14
+            return
+        for i in range(new):
+            at = len(tokens) - new + i
+            seen = [token for j, token in enumerate(tokens[: at + 1]) if self.sees(at, j)] if at >= 0 else []
+            rows = self.rows(torch.tensor(seen, dtype=torch.float32)[:, None, None], WIDTHS[1])
+            wanted = rows.mean(1) if seen else torch.zeros(KV_HEADS, WIDTHS[1])
+            torch.testing.assert_close(out[0, :, i], wanted, rtol=1e-5, atol=1e-3)
+
+    def sees(self, at: int, key: int) -> bool:
+        return not isinstance(self.cache, SlidingKVCache) or key < SINKS or key > at - WINDOW
+
     def misuse(self) -> None:
         for row, tokens in enumerate(self.sequences):
             if tokens is None:
@@ -206,6 +231,72 @@ def test_random_calls(kind: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> 
     }.get(kind, {"num_pages": 2000} if kind == "paged" else {})
     cache = make_cache(kind.split(",")[0], BATCH, KV_HEADS, WIDTHS, torch.float64, **options)
     Fuzz(cache, seed).run(60, monkeypatch)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("positions", ["original", "cache"])
+@pytest.mark.parametrize("change", ["truncate", "fork", "accept", "reorder"])
+def test_a_ring_never_reads_what_was_taken_back(dtype: torch.dtype, positions: str, change: str) -> None:
+    rope, sinks, tokens, keep = longattn.Rope(16), 1, 14, 11
+    q, k, v = (torch.randn(1, 2, tokens, 16) for _ in range(3))
+    v[:, :, keep:] = 1000.0
+    ring = {"window": 8, "sinks": sinks, "spare": 4, "positions": positions, "dtype": dtype}
+    cache, alone = (SlidingKVCache(2, 2, 16, **ring) for _ in range(2))
+    attention_with_cache(q, k, v, cache, rope=rope, sequences=[0])
+    attention_with_cache(q[:, :, :keep], k[:, :, :keep], v[:, :, :keep], alone, rope=rope, sequences=[0])
+    row = 0
+    if change == "truncate":
+        cache.truncate(0, keep)
+    elif change == "fork":
+        row = cache.fork(0, 1, length=keep)
+    elif change == "accept":
+        cache.accept(0, keep, [])
+    else:
+        cache.truncate(0, keep)
+        cache.reorder([1, 0])
+        row = 1
+
+    def read(cache: SlidingKVCache, row: int, new: int) -> Tensor:
+        return attention_with_cache(q[:, :, keep - new : keep], None, None, cache, rope=rope, sequences=[row])
+
+    for new in (1, 2):  # tokens 2 on are held, and the first of two queries sees tokens from 2 on
+        torch.testing.assert_close(read(cache, row, new), read(alone, 0, new))
+    for new in (3, 4, 11):
+        with pytest.raises(InvalidInput, match="window: expected keys that the ring still holds"):
+            read(cache, row, new)
+    for window in (7, 6):  # a narrower window lets older queries see enough
+        assert (
+            attention_with_cache(
+                q[:, :, keep - 3 : keep], None, None, cache, rope=rope, sequences=[row], window=window, causal=True
+            )
+            .isfinite()
+            .all()
+        )
+    both = attention_with_cache(
+        torch.zeros(2, 2, 3, 16), None, None, cache, rope=rope, lengths=[2, 0] if row == 0 else [0, 2]
+    )
+    assert both.abs().max() < 100  # only queries that count are checked
+
+    for step in (slice(11, 12), slice(12, 14)):
+        pieces = [
+            attention_with_cache(q[:, :, step], k[:, :, step], k[:, :, step], ring, rope=rope, sequences=[at])
+            for ring, at in ((cache, row), (alone, 0))
+        ]
+        torch.testing.assert_close(*pieces)
+
+
+def test_a_fork_below_the_sinks_keeps_what_comes_next() -> None:
+    """The source's overwritten slots say nothing about a target that shares its sinks only."""
+    cache, alone = (SlidingKVCache(2, 1, 4, window=5, sinks=3, dtype=torch.float32) for _ in range(2))
+    x, more = torch.randn(1, 1, 40, 4), torch.randn(1, 1, 12, 4)
+    cache.append(x, x, sequences=[0])
+    alone.append(x[:, :, :2], x[:, :, :2], sequences=[1])
+    cache.fork(0, 1, length=2)
+    for ring in (cache, alone):
+        ring.append(more, more, sequences=[1])
+    for got, wanted in zip(cache.read(1), alone.read(1), strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_pages_are_shared_until_written() -> None:

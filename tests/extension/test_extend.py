@@ -31,6 +31,7 @@ from longattn.models import (
     build,
     extended_config,
     generate,
+    make_caches,
 )
 from longattn.training import Checkpoint, load_model, save_checkpoint
 
@@ -55,7 +56,7 @@ ROTARY: list[Any] = [
 
 def llama(**changes: Any) -> Decoder:
     torch.manual_seed(1)
-    model = Decoder(TransformerConfig(**SIZES, kv_heads=2, **changes)).double().eval()
+    model = Decoder(TransformerConfig(**{**SIZES, "kv_heads": 2, **changes})).double().eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 2:
@@ -109,6 +110,48 @@ def test_methods_add_up_and_replace_their_own_kind() -> None:
     assert config.methods == (DualChunk(8, 9), LogN(8))
     config = extended_config(extended_config(config, StreamingLLM(8)), LayerPattern("SL", 4))
     assert (config.pattern, config.window, config.sinks, config.window_positions) == ("SL", 4, 0, "original")
+
+
+LONG = scaling.LongRoPE(4, 16, (1.0,) * 4, (1.0, 1.5, 2.0, 4.0))
+
+
+@pytest.mark.parametrize("rotary", [scaling.DynamicNTK(4, 16), LONG], ids=lambda scaling: scaling.name)
+@pytest.mark.parametrize(
+    "method",
+    [
+        LogN(16),
+        SelfExtend(4, 6),
+        DualChunk(8, 12),
+        ShiftedGroups(8),
+        StreamingLLM(10, 0),
+        StreamingLLM(10, 2),
+        StreamingLLM(30, 3),
+        LayerPattern("S", 10, 2),
+        LayerPattern("S", 30),
+        LayerPattern("N"),
+    ],
+    ids=str,
+)
+def test_frequencies_that_depend_on_the_length_are_the_same_through_caches(rotary: Any, method: Any) -> None:
+    """With one layer there is no other reason for a difference."""
+    for pair in ((rotary, method), (method, rotary)):
+        model = llama(layers=1)
+        try:
+            for one in pair:
+                model = extend(model, one)
+        except InvalidInput:  # as two say where tokens are, or a window is too long before the scaling is there
+            assert isinstance(method, (SelfExtend, DualChunk)) or (pair[0] is method and method.window == 30)
+            continue
+        for length in (9, 16, 17, 70):
+            text = tokens(1, length)
+            with torch.no_grad():
+                whole = model(text)
+                at_once = model(text, caches=make_caches(model, 1, length))
+                torch.testing.assert_close(at_once, whole, rtol=1e-6, atol=1e-6)
+                caches = make_caches(model, 1, length)
+                for part in text.split([length - 2, 1, 1], 1):
+                    last = model(part, caches=caches)[:, -1]
+            torch.testing.assert_close(last, whole[:, -1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 2.5])

@@ -33,6 +33,17 @@ METHODS: dict[str, tuple[Pair, dict[str, Any]]] = {
 }
 
 
+class Shard:
+    """The second half of a sequence of 14 tokens (`longattn.redirection.Elsewhere`); it keeps the queries."""
+
+    def token_places(self, tokens: int, device: torch.device) -> torch.Tensor:
+        return torch.arange(7, 7 + tokens, device=device)
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        self.q = q
+        return q
+
+
 def layer(options: dict[str, Any], **changes: Any) -> Attention:
     return Attention(24, 4, 2, head_dim=8, **{"rope": ROPE, **options, **changes}, dtype=torch.float64).eval()
 
@@ -179,6 +190,40 @@ def test_log_n_sharpens_the_softmax() -> None:
     torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]))
 
 
+def test_log_n_takes_the_position_of_the_query() -> None:
+    attention, x = layer({"methods": [LogN(4)]}), torch.randn(2, 20, 24, dtype=torch.float64)
+    far = torch.arange(20) + 100
+    wanted = attention(x, positions=far)
+    assert not torch.allclose(wanted, attention(x), atol=1e-3)
+    torch.testing.assert_close(attention(x, positions=(far, far)), wanted)
+
+    weights = attention.weights(x, [3, 19], positions=far)
+    _, _, v = heads_of(attention, x)
+    rows = (weights @ v.repeat_interleave(2, 1)).transpose(1, 2).flatten(-2)
+    torch.testing.assert_close(attention.o_proj(rows), wanted[:, [3, 19]])
+
+    for cache in (KVCache(2, 2, 8, dtype=torch.float64), SlidingKVCache(2, 2, 8, window=5, spare=4, dtype=x.dtype)):
+        windowed = layer({"methods": [LogN(4)], "window": cache.window})
+        with torch.no_grad():
+            whole = windowed(x)
+            pieces = [windowed(part, cache=cache) for part in x.split([7, 12, 1], dim=1)]
+            again = windowed(x[:, 17:], cache=cache, append=False)
+            uneven = windowed(x[:, 17:], cache=cache, append=False, lengths=[3, 3])
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(again, whole[:, 17:], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(uneven, again)
+
+    for wrong in (torch.arange(3), torch.zeros(3, 20), (torch.arange(3), torch.arange(20))):
+        with pytest.raises(InvalidInput, match="positions"):
+            attention(x, positions=wrong)
+
+    shard, half = Shard(), layer({"methods": [LogN(4)], "rope": None})
+    with redirected(shard):  # type: ignore[arg-type]
+        half(x[:, :7])
+    scale = (torch.arange(8, 15).double().log() / math.log(4)).clamp(min=1)
+    torch.testing.assert_close(shard.q, heads_of(half, x[:, :7])[0] * scale[:, None], rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("heads", [(4, 2), (6, 3), (4, 1), (2, 1)], ids=str)
 def test_shifted_groups_while_training(heads: tuple[int, int]) -> None:
     q_heads, kv_heads = heads
@@ -232,7 +277,7 @@ def test_bad_input() -> None:
             layer(METHODS["streaming"][1])(x, cache=SlidingKVCache(1, 2, 8, window=6, sinks=3, dtype=torch.float64))
         with pytest.raises(InvalidInput, match="methods"):
             remapped.weights(x, [1])
-        with redirected(object()), pytest.raises(Unsupported, match="shards"):  # type: ignore[arg-type]
+        with redirected(Shard()), pytest.raises(Unsupported, match="shards"):  # type: ignore[arg-type]
             remapped(x)
     with pytest.raises(InvalidInput, match="heads"):
         Attention(8, 1, rope=Rope(8), methods=[ShiftedGroups(4)]).train()(torch.randn(1, 5, 8))

@@ -149,7 +149,7 @@ def test_operations_on_a_mask() -> None:
     ):
         with pytest.raises((longattn.Unsupported, RuntimeError), match="mask"):
             edit()
-    assert repr(mask) == "Visibility([2, 1, 3, 5], right=0, key_mask=bool [2, 5])"
+    assert repr(mask) == "Visibility([2, 1, 3, 5], right=0, key_mask=bool [2, 5], start=int32 [2, 1])"
 
 
 def call(mask: Tensor | None, nq: int = 3, nk: int = 5, batch: int = 2, **others: Any) -> Tensor:

@@ -6,11 +6,15 @@ from longattn.integrations.huggingface.checkpoints import (
     from_hf,
     load_into,
     load_pretrained,
+    read_config,
     to_hf,
+    weight_files,
 )
 from longattn.integrations.huggingface.context_parallel import context_parallel
 from longattn.integrations.huggingface.extending import extend
+from longattn.integrations.huggingface.options import readable
 from longattn.integrations.huggingface.registration import register
+from longattn.integrations.huggingface.weights import is_finite
 
 __all__ = [
     "config_from_hf",
@@ -18,8 +22,12 @@ __all__ = [
     "context_parallel",
     "extend",
     "from_hf",
+    "is_finite",
     "load_into",
     "load_pretrained",
+    "read_config",
+    "readable",
     "register",
     "to_hf",
+    "weight_files",
 ]

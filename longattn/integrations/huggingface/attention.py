@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from longattn.errors import InvalidInput, Unsupported
 from longattn.functional import attention
 from longattn.inspect import attention_rows
+from longattn.integrations.huggingface.frequencies import refuse_other_frequencies
 from longattn.integrations.huggingface.keywords import refuse_unknown
 from longattn.integrations.huggingface.methods import attend, methods_of
 from longattn.integrations.huggingface.packing import packed_bounds
@@ -65,22 +66,26 @@ def attention_forward(
     if query.shape[0] != key.shape[0] and query.shape[0] == 1:
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, the same for all
     call = _visible(module, attention_mask, query, key, is_causal, sliding_window)
+    start = attention_mask.start if isinstance(attention_mask, Visibility) else None
     if position_bias is not None:
         dense = call.pop("bias", None)
         call["bias"] = position_bias if dense is None else _biased(position_bias, dense)
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        call["bounds"] = _within_sequences(cu_seq_lens_q, cu_seq_lens_k, query, call)
+        call["bounds"], start = _within_sequences(cu_seq_lens_q, cu_seq_lens_k, query, call)
     elif isinstance(attention_mask, Visibility):
         packed = packed_bounds(module, attention_mask, position_ids, use_cache)
         if packed is not None:
             call["bounds"] = packed
+            start = packed[0].view(-1, query.shape[2])
     call |= {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
+    refuse_other_frequencies(module, query, key, start, call, position_ids)
     methods = methods_of(module)
     wants_weights = output_attentions or _weights_are_captured()
     if methods:
         if wants_weights:
             raise Unsupported("output_attentions", {"every backend": ["a method of config.longattn changes them"]})
-        return attend(module, methods, query, key, value, {**call, "dropout_p": dropout}).transpose(1, 2), None
+        call["dropout_p"] = dropout
+        return attend(module, methods, query, key, value, start, call).transpose(1, 2), None
     out = attention(query, key, value, dropout_p=dropout, **call)
     assert isinstance(out, Tensor)
     weights = None
@@ -141,8 +146,8 @@ def _biased(bias: Tensor, mask: Tensor) -> Tensor:
 
 def _within_sequences(
     cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, query: Tensor, call: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """The bounds of queries that see only the keys of their own sequence, and of `call`."""
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The bounds of queries that see only the keys of their own sequence, and of `call`; and where these start."""
     if len(query) != 1:
         raise InvalidInput("cu_seq_lens_q", "None beside more than one row: sequences are packed in one", len(query))
     one_sided = call.get("causal") or call.get("window") is not None
@@ -153,6 +158,7 @@ def _within_sequences(
     sequence = torch.searchsorted(cu_seq_lens_q, index, right=True)
     ends = torch.cat((cu_seq_lens_k, cu_seq_lens_k.new_zeros(1)))  # tokens past the last sequence see nothing
     lo, hi = ends[sequence - 1].to(torch.int32), ends[sequence].to(torch.int32)
+    start = lo[None]
     if call.get("bounds") is not None:
         lo, hi = torch.maximum(lo, call["bounds"][0]), torch.minimum(hi, call["bounds"][1])
-    return lo, hi
+    return (lo, hi), start

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from longattn.errors import InvalidInput
 from longattn.integrations.huggingface import bert, gpt2, llama
 from longattn.integrations.huggingface.methods import listed_methods
+from longattn.integrations.huggingface.options import readable
 from longattn.integrations.huggingface.weights import to_ours, to_theirs, without_derived
 from longattn.models import (
     Decoder,
@@ -33,7 +34,16 @@ from longattn.models import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["config_from_hf", "config_to_hf", "from_hf", "load_into", "load_pretrained", "to_hf"]
+__all__ = [
+    "config_from_hf",
+    "config_to_hf",
+    "from_hf",
+    "load_into",
+    "load_pretrained",
+    "read_config",
+    "to_hf",
+    "weight_files",
+]
 
 _INDEX = "model.safetensors.index.json"
 
@@ -84,19 +94,35 @@ def load_pretrained(folder: str | Path, *, dtype: torch.dtype | None = None, arc
     Returns:
         As `from_hf`.
 
+    No code of the folder runs: one whose config asks for code of its own is refused.
+
     Raises:
-        InvalidInput: no such checkpoint, a truncated or missing file, missing or unexpected weights, or a model that
-            ours cannot compute.
+        InvalidInput: no such checkpoint, a damaged, truncated or missing file, missing, unexpected, misshapen or
+            non-finite weights, or a model that ours cannot compute.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if architecture is None:
+        named = getattr(config, "architectures", None) or [_DEFAULTS.get(config.model_type, config.model_type)]
+        architecture = named[0] if isinstance(named, list) else named
+    if not isinstance(architecture, str):
+        raise InvalidInput("architecture", "the name of a class of transformers", repr(architecture))
+    config_from_hf(config)  # before any weight is read
+    return _model(architecture, config, _read_weights(folder), dtype)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Return the config of a folder, without running code of the folder.
+
+    Raises:
+        InvalidInput: none, or one that transformers does not read.
     """
     from transformers import AutoConfig
 
-    folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InvalidInput("folder", "a folder with a config.json", folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if architecture is None:
-        architecture = (config.architectures or [_DEFAULTS.get(config.model_type, config.model_type)])[0]
-    return _model(architecture, config, _read_weights(folder), dtype)
+    with readable("folder", "a folder with a config.json that transformers reads without running code", folder):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def from_hf(model: PreTrainedModel) -> Any:
@@ -172,7 +198,8 @@ def config_from_hf(config: PreTrainedConfig) -> TransformerConfig:
     """
     if config.model_type not in _FAMILIES:
         raise InvalidInput("config", f"model_type {' or '.join(_FAMILIES)}", config.model_type)
-    ours = _FAMILIES[config.model_type].config_from_hf(config)
+    with readable("config", f"a config of a {config.model_type} model", "config.json"):
+        ours = _FAMILIES[config.model_type].config_from_hf(config)
     return reduce(extended_config, listed_methods(config), ours)
 
 
@@ -213,7 +240,9 @@ def _model(
         names = [name for name, kind in _KINDS.items() if kind.family is _FAMILIES[config.model_type]]
         raise InvalidInput("architecture", " or ".join(names), architecture)
     kind = _KINDS[architecture]
-    with torch.device("meta"):
+    if ours.layers > len(state):  # before so many layers are made
+        raise InvalidInput("checkpoint", f"the weights of {ours.layers:,} layers", f"{len(state):,} tensors")
+    with torch.device("meta"), readable("config", "sizes that a model can have", "config.json"):
         model = kind.make(ours, config.num_labels or 2)
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     state = without_derived(kind.family.normalised(state, model), kind.family.derived(model))
@@ -221,20 +250,46 @@ def _model(
     return model.to(dtype).eval()
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint's safetensors files."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def weight_files(folder: Path) -> dict[str, set[str] | None]:
+    """Return the safetensors files of a folder, each with the tensors that the index says it holds; None: all.
 
-    files = ["model.safetensors"]
-    if (folder / _INDEX).is_file():
-        files = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    weights: dict[str, Tensor] = {}
-    for name in files:
+    Raises:
+        InvalidInput: a damaged index, a file that is not there, or one outside of the folder.
+    """
+    index = folder / _INDEX
+    found: dict[str, set[str] | None] = {"model.safetensors": None}
+    if index.is_file():
+        found = _indexed(index)
+    for name in found:
         if not (folder / name).is_file():
             raise InvalidInput("folder", f"a folder with {name}", folder)
-        try:
-            weights |= load_file(folder / name)
-        except SafetensorError as error:
-            raise InvalidInput("checkpoint", "complete safetensors files", f"{name}: {error}") from error
+    return found
+
+
+def _indexed(index: Path) -> dict[str, set[str] | None]:
+    """Return the files that an index names. Each is in its folder, not above or below it."""
+    with readable("folder", f"a folder with a complete {index.name}", index):
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+    found: dict[str, set[str] | None] = {}
+    for tensor, name in places:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise InvalidInput("folder", f"an {index.name} that names safetensors files in its folder", repr(name))
+        tensors = found.setdefault(name, set())
+        assert tensors is not None
+        tensors.add(tensor)
+    return dict(sorted(found.items()))
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint's safetensors files."""
+    from safetensors.torch import load_file
+
+    weights: dict[str, Tensor] = {}
+    for name, tensors in weight_files(folder).items():
+        with readable("checkpoint", "complete safetensors files", name):
+            read = load_file(folder / name)
+        wrong = sorted((weights.keys() & read.keys()) | (set() if tensors is None else tensors ^ read.keys()))
+        if wrong:
+            raise InvalidInput("checkpoint", f"the tensors that {_INDEX} says are in {name}", ", ".join(wrong[:8]))
+        weights |= read
     return weights

@@ -13,8 +13,8 @@ from longattn.errors import InvalidInput
 from longattn.extension import BaseChange, LearnedPositions, Method, Remapping, StreamingLLM, check_layer_methods
 from longattn.integrations.huggingface.methods import KEY, listed_methods, turning_on
 from longattn.integrations.huggingface.registration import NAME
-from longattn.integrations.huggingface.rotation import rope_parameters, without_ntk
-from longattn.models import with_method
+from longattn.integrations.huggingface.rotation import longest_position, rope_parameters, without_ntk
+from longattn.models import check_sense, with_method
 from longattn.rope import Rope
 from longattn.scaling import Proportional, Scaling
 
@@ -41,7 +41,36 @@ def extend(model: nn.Module, method: Scaling | Method) -> Any:
         _list(extended, text, method)
     else:
         raise InvalidInput("method", "a longattn.scaling.Scaling or a longattn.extension.Method", method)
+    problem = _problem_of_saving(extended.config)
+    if problem is not None and _problem_of_saving(config) is None:
+        expected = f"a method that {type(config).__name__} saves and loads"
+        raise InvalidInput("method", expected, f"{method}: {type(problem).__name__}: {problem}") from problem
+    text = config.get_text_config()
+    trained = getattr(text, "max_position_embeddings", None)
+    if isinstance(trained, int):
+        check_sense(trained, _scaling(text), method)
     return extended
+
+
+def _problem_of_saving(config: Any) -> Exception | None:
+    """Return what a config's class has against saving or loading it."""
+    try:
+        if hasattr(config, "validate"):
+            config.validate()
+        type(config).from_dict(config.to_dict())
+    except Exception as error:  # each class has checks of its own
+        return error
+    return None
+
+
+def _scaling(config: Any) -> Scaling | None:
+    """Return the scaling of a model's rotation, where it has one that a Rope can say."""
+    parameters = getattr(config, "rope_parameters", None)
+    by_layer = isinstance(parameters, Mapping) and any(isinstance(value, Mapping) for value in parameters.values())
+    try:
+        return Rope.from_hf(config, _FULL if by_layer else None).scaling
+    except (InvalidInput, AttributeError):
+        return None
 
 
 def _rotate_otherwise(model: nn.Module, config: Any, method: Scaling | BaseChange) -> None:
@@ -57,14 +86,18 @@ def _rotate_otherwise(model: nn.Module, config: Any, method: Scaling | BaseChang
         wanted = Rope(rope.dim, method.base, rope.scaling, rope.interleaved)
     else:
         wanted = Rope(rope.dim, rope.base, method, rope.interleaved)
-    new = rope_parameters(wanted, config.max_position_embeddings)
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        raise InvalidInput("model", f"one whose config has max_position_embeddings, for {method}", type(model).__name__)
+    new = rope_parameters(wanted, longest)
+    config.max_position_embeddings = longest_position(wanted.scaling, longest)
     part = (old[_FULL] if by_layer else old).get("partial_rotary_factor")
     if part is not None and not isinstance(wanted.scaling, Proportional):
         new["partial_rotary_factor"] = part
     config.rope_parameters = {**old, _FULL: new} if by_layer else new
     if Rope.from_hf(config, _FULL if by_layer else None) != without_ntk(wanted):
         raise InvalidInput("model", f"one whose config can say {method}", type(model).__name__)
-    if any(isinstance(other, Remapping) for other in listed_methods(config)):
+    if any(_turns(other) for other in listed_methods(config)):
         turning_on(config, _FULL if by_layer else None)
     found = [(parent, name) for parent in model.modules() for name, child in parent.named_children() if _rotates(child)]
     if not found:
@@ -107,7 +140,7 @@ def _list(model: nn.Module, config: Any, method: Method) -> None:
             "model", f"no layers with windows, whose caches forget the sinks of {method}", config.model_type
         )
     methods = with_method(listed_methods(config), method)
-    if isinstance(method, (Remapping, StreamingLLM)) or "N" in getattr(method, "pattern", ""):
+    if _turns(method):
         parameters = getattr(config, "rope_parameters", None)
         if not isinstance(parameters, Mapping):
             raise InvalidInput("model", f"one with rotary positions, for {method}", type(model).__name__)
@@ -117,6 +150,11 @@ def _list(model: nn.Module, config: Any, method: Method) -> None:
     setattr(config, KEY, [other.to_dict() for other in methods])
 
 
+def _turns(method: Method) -> bool:
+    """Whether layers rotate vectors again under a method, because they want them at other positions."""
+    return isinstance(method, (Remapping, StreamingLLM)) or "N" in getattr(method, "pattern", "")
+
+
 def _has_windows(config: Any) -> bool:
     kinds = getattr(config, "layer_types", None)
-    return any("full" not in kind for kind in kinds) if kinds else bool(getattr(config, "sliding_window", None))
+    return any("full" not in kind for kind in kinds) if kinds else getattr(config, "sliding_window", None) is not None

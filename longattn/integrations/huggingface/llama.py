@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longattn.errors import InvalidInput
 from longattn.integrations.huggingface.options import require, require_no_methods, require_style
-from longattn.integrations.huggingface.rotation import rope_parameters, without_ntk
+from longattn.integrations.huggingface.rotation import longest_position, rope_parameters, without_ntk
 from longattn.integrations.huggingface.weights import Names, Weight
 from longattn.models import TransformerConfig
 from longattn.rope import Rope
@@ -47,6 +47,8 @@ def config_from_hf(config: PreTrainedConfig) -> TransformerConfig:
     if rope.dim != head_dim or rope.interleaved:
         raise InvalidInput("config", f"rotation of all {head_dim} entries of a head, in halves", rope)
     window = getattr(config, "sliding_window", None)
+    if window is not None and not (type(window) is int and window >= 1):
+        raise InvalidInput("config", "sliding_window None or an int >= 1", window)
     return TransformerConfig(
         vocab_size=config.vocab_size,
         dim=config.hidden_size,
@@ -92,7 +94,7 @@ def config_to_hf(config: TransformerConfig) -> PreTrainedConfig:
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "intermediate_size": config.hidden,
-        "max_position_embeddings": config.max_length,
+        "max_position_embeddings": longest_position(config.rope_scaling, config.max_length),
         "rms_norm_eps": config.norm_eps,
         "attention_dropout": config.attention_dropout,
         "tie_word_embeddings": config.tie_embeddings,

@@ -49,7 +49,14 @@ def listed_methods(config: Any) -> tuple[Method, ...]:
         InvalidInput: an entry that is no method.
     """
     listed = getattr(config, KEY, None)
-    return _read(json.dumps(listed)) if listed else ()
+    if not listed:
+        return ()
+    if not isinstance(listed, (list, tuple)):
+        raise InvalidInput(f"config.{KEY}", "a list of methods", repr(listed))
+    try:
+        return _read(json.dumps(listed))
+    except (TypeError, RecursionError) as error:
+        raise InvalidInput(f"config.{KEY}", "a list of methods", f"{type(error).__name__}: {error}") from error
 
 
 def methods_of(module: nn.Module) -> tuple[Method, ...]:
@@ -63,18 +70,27 @@ def _read(listed: str) -> tuple[Method, ...]:
 
 
 def attend(
-    module: nn.Module, methods: Sequence[Method], query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]
+    module: nn.Module,
+    methods: Sequence[Method],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor | None,
+    call: dict[str, Any],
 ) -> Tensor:
     """Attention of a causal layer under its model's methods: query [B, Hq, Nq, D] to [B, Hq, Nq, Dv].
 
     Args:
+        start: int [1 or B, 1 or Nq], the index among the keys at which each query's own sequence starts, below 0 where
+            a sliding cache has forgotten that token; None: 0.
         call: the keywords of `longattn.attention` that the model and its mask ask for.
 
     Raises:
         InvalidInput: a layer that is not causal. Unsupported: a mask that the methods cannot be joined with.
     """
     refuse_elsewhere("a method of config.longattn")
-    places, window = _places(module, query, key, call)
+    places, window = _places(module, query, key, start, call)
+    bounds = call.get("bounds")
     by_kind = {type(method): method for method in methods}
     log_n = by_kind.get(LogN)
     if isinstance(log_n, LogN):
@@ -83,7 +99,10 @@ def attend(
     parts = _parts(module, methods, places, window)
     rest = {name: call[name] for name in _OF_SCORES if name in call}
     if isinstance(groups, ShiftedGroups) and module.training and window is None and parts is None:
-        return attend_in_shifted_groups(query, key, value, places, groups.group, rope=None, standing=None, **rest)
+        first_seen = None if bounds is None else bounds[0]
+        return attend_in_shifted_groups(
+            query, key, value, places, groups.group, first_seen=first_seen, rope=None, standing=None, **rest
+        )
     if parts is None:
         out = attention(query, key, value, **call)
         assert isinstance(out, Tensor)
@@ -92,7 +111,7 @@ def attend(
     rope = None
     if any(part.positions is not None for part in parts):
         rope = _turning_on(module)
-    bounded = [_within(part, places, window, stand) for part in parts]
+    bounded = [_within(part, places, window, bounds, stand) for part in parts]
     return attend_in_parts(query, key, value, bounded, rope=rope, standing=None, **rest)
 
 
@@ -116,17 +135,28 @@ def _parts(module: nn.Module, methods: Sequence[Method], places: Places, window:
     return None if remapping is None or window is not None else remapping.parts(places)
 
 
-def _within(part: Part, places: Places, window: int | None, stand: tuple[Tensor, Tensor]) -> Part:
-    """A part within the layer's own window, with the turns that are missing in place of positions."""
+def _within(
+    part: Part,
+    places: Places,
+    window: int | None,
+    bounds: tuple[Tensor, Tensor] | None,
+    stand: tuple[Tensor, Tensor],
+) -> Part:
+    """A part within what the layer's own mask shows, with the turns that are missing in place of positions."""
     lo = part.lo if window is None else part.lo.maximum(places.queries - window + 1)
+    hi = part.hi
+    if bounds is not None:
+        lo, hi = lo.maximum(bounds[0]), hi.minimum(bounds[1])
     if part.positions is None:
-        return Part(lo, part.hi)
+        return Part(lo, hi)
     wanted_q, wanted_k = part.positions
-    return Part(lo, part.hi, (wanted_q - stand[0], wanted_k - stand[1]))
+    return Part(lo, hi, (wanted_q - stand[0], wanted_k - stand[1]))
 
 
-def _places(module: nn.Module, query: Tensor, key: Tensor, call: dict[str, Any]) -> tuple[Places, int | None]:
-    """Where tokens stand, and the layer's own window."""
+def _places(
+    module: nn.Module, query: Tensor, key: Tensor, start: Tensor | None, call: dict[str, Any]
+) -> tuple[Places, int | None]:
+    """Return where tokens are, and the layer's own window."""
     nq, nk, device = query.shape[2], key.shape[2], query.device
     if call.get("bias") is not None:
         raise Unsupported("a dense mask or bias", {"every backend": ["methods of config.longattn need a causal layer"]})
@@ -137,16 +167,15 @@ def _places(module: nn.Module, query: Tensor, key: Tensor, call: dict[str, Any])
     offset = align[:, None] if isinstance(align, Tensor) else {"end": nk - nq, "start": 0}[align]
     queries = torch.arange(nq, device=device) + offset
     keys = torch.arange(nk, device=device)
-    if call.get("bounds") is not None:
-        starts = call["bounds"][0].long()
-        if nq != nk:
-            raise Unsupported("packed sequences", {"every backend": ["methods cannot be joined with a cache of them"]})
-        return Places(queries.expand_as(starts), starts, keys - starts), None if left == -1 else left + 1
-    if call.get("key_mask") is None:
-        return Places(queries, torch.zeros_like(queries), keys), None if left == -1 else left + 1
-    first = call["key_mask"].int().argmax(-1, keepdim=True)  # [B, 1]: the first that is no padding
-    queries = queries.expand(len(first), nq)
-    return Places(queries, first.expand_as(queries), keys - first), None if left == -1 else left + 1
+    window = None if left == -1 else left + 1
+    if start is None:
+        return Places(queries, torch.zeros_like(queries), keys), window
+    queries, starts = torch.broadcast_tensors(queries, start.to(device, torch.int64))
+    if start.shape[-1] == 1:
+        return Places(queries, starts, keys - start), window
+    if nq != nk:
+        raise Unsupported("packed sequences", {"every backend": ["methods cannot be joined with a cache of them"]})
+    return Places(queries, starts, keys - starts), window
 
 
 def _layer(module: nn.Module) -> int:

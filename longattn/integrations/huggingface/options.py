@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from longattn.errors import InvalidInput
+from longattn.errors import InvalidInput, Unsupported
 from longattn.models import STYLES, TransformerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["require", "require_no_methods", "require_style"]
+__all__ = ["readable", "require", "require_no_methods", "require_style"]
 
 _STRUCTURE = (
     "architecture",
@@ -26,6 +27,25 @@ _STRUCTURE = (
     "tie_embeddings",
     "norm_eps",
 )
+
+
+@contextmanager
+def readable(argument: str, expected: str, source: object) -> Iterator[None]:
+    """Turn whatever a damaged or hostile file makes the code that reads it raise into InvalidInput, on one line.
+
+    Args:
+        argument, expected: as of InvalidInput. source: the file or folder.
+    """
+    try:
+        yield
+    except (InvalidInput, Unsupported):
+        raise
+    except Exception as error:
+        raise InvalidInput(argument, expected, f"{source}: {type(error).__name__}: {error}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust, not derived from Exception
+            raise
+        raise InvalidInput(argument, expected, f"{source}: {error}") from error
 
 
 def require(config: PreTrainedConfig, **expected: Any) -> None:

@@ -30,9 +30,11 @@ def register() -> None:
     require_version("transformers>=5.17", "pip install longattn[hf]")
 
     from longattn.integrations.huggingface.attention import attention_forward
+    from longattn.integrations.huggingface.saving import name_attention_in_configs
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, _made_mask)
+    name_attention_in_configs(NAME)
 
 
 def _made_mask(**call: Any) -> Tensor:

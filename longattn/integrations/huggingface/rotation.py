@@ -6,9 +6,9 @@ from typing import Any
 
 from longattn.errors import InvalidInput
 from longattn.rope import Rope
-from longattn.scaling import NTK, DynamicNTK
+from longattn.scaling import NTK, DynamicNTK, Llama3, Proportional, Scaling, YaRN
 
-__all__ = ["rope_parameters", "without_ntk"]
+__all__ = ["longest_position", "rope_parameters", "without_ntk"]
 
 _THEIRS = {"original_max_position": "original_max_position_embeddings", "proportion": "partial_rotary_factor"}
 
@@ -30,7 +30,28 @@ def rope_parameters(rope: Rope, max_length: int) -> dict[str, Any]:
     parameters["rope_type"] = values.pop("type")
     if isinstance(rope.scaling, DynamicNTK) and rope.scaling.original_max_position != max_length:
         raise InvalidInput("config", f"max_length {rope.scaling.original_max_position} as its DynamicNTK", max_length)
-    return parameters | {_THEIRS.get(name, name): value for name, value in values.items() if value is not None}
+    # transformers warns of entries that it does not read, and of lists that are tuples.
+    if isinstance(rope.scaling, DynamicNTK):
+        del values["original_max_position"]
+    if isinstance(rope.scaling, Proportional) and rope.scaling.factor == 1:
+        del values["factor"]
+    for name, value in values.items():
+        if value is not None:
+            parameters[_THEIRS.get(name, name)] = list(value) if isinstance(value, tuple) else value
+    return parameters
+
+
+def longest_position(scaling: Scaling | None, max_length: int) -> int:
+    """Return the max_position_embeddings of a config with a scaling, of a model whose config says max_length.
+
+    It stays as it is, unless transformers would warn that it contradicts the scaling: Llama 3's must be above the
+    original length, YaRN's the original length or `factor` times that.
+    """
+    if isinstance(scaling, Llama3) and max_length <= scaling.original_max_position:
+        return int(scaling.factor * scaling.original_max_position)
+    if isinstance(scaling, YaRN) and max_length / scaling.original_max_position not in (1.0, scaling.factor):
+        return int(scaling.factor * scaling.original_max_position)
+    return max_length
 
 
 def without_ntk(rope: Rope) -> Rope:

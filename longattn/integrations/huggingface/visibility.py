@@ -47,6 +47,8 @@ class Visibility(Tensor):
             keys, so that position_ids may say more.
         family: the model_type of the config that it was made for, for messages.
         packed: what `packing.packed_bounds` found for these position_ids, kept for the next layer.
+        start: int32 [1 or B, 1 or Nq], the index at which each query's own sequence starts, past padding on the left
+            and below 0 where a sliding cache has forgotten that token; None: 0. Attention does not read it, methods do.
     """
 
     left: int | None
@@ -58,6 +60,7 @@ class Visibility(Tensor):
     plain: bool
     family: str | None
     packed: tuple[Tensor, tuple[Tensor, Tensor]] | None
+    start: Tensor | None
     _anchor: Tensor  # empty: torch.compile takes no tensor that consists of none
 
     @staticmethod
@@ -74,11 +77,12 @@ class Visibility(Tensor):
         key_mask: Tensor | None = None,
         plain: bool = False,
         family: str | None = None,
+        start: Tensor | None = None,
         _anchor: Tensor | None = None,
     ) -> Visibility:
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
         self.left, self.right = left, right
-        self.offset, self.lo, self.hi, self.key_mask = offset, lo, hi, key_mask
+        self.offset, self.lo, self.hi, self.key_mask, self.start = offset, lo, hi, key_mask, start
         self.plain, self.family, self.packed = plain, family, None
         self._anchor = torch.empty(0, device=device) if _anchor is None else _anchor
         return self
@@ -218,10 +222,12 @@ def _reshaped(mask: Visibility, function: Any, sizes: list[int]) -> Visibility |
 
 def _of_rows(mask: Visibility) -> list[str]:
     """The names of the terms that have an entry for each sequence of the batch."""
-    return ["offset", "key_mask", *(("lo", "hi") if mask.lo is not None and mask.lo.dim() == 2 else ())]
+    bounds = ("lo", "hi") if mask.lo is not None and mask.lo.dim() == 2 else ()
+    start = ("start",) if mask.start is not None and mask.start.shape[0] == mask.shape[0] else ()
+    return ["offset", "key_mask", *bounds, *start]
 
 
-_TENSORS = ("offset", "lo", "hi", "key_mask", "_anchor")
+_TENSORS = ("offset", "lo", "hi", "key_mask", "start", "_anchor")
 
 
 def visibility(
@@ -295,7 +301,21 @@ def visibility(
         key_mask=key_mask,
         plain=plain,
         family=getattr(config, "model_type", None),
+        start=_start(terms, attention_mask, kv_offset, device),
     )
+
+
+def _start(terms: _Terms, attention_mask: Tensor | None, kv_offset: int, device: torch.device | str) -> Tensor | None:
+    """The attribute `start` of a mask; the 2-D mask also covers the tokens that a sliding cache has forgotten."""
+    if terms.start is not None:
+        start = terms.start
+    elif attention_mask is not None:
+        start = attention_mask.to(torch.int32).argmax(-1, keepdim=True)
+    elif kv_offset:
+        start = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    else:
+        return None
+    return (start - kv_offset).to(torch.int32)
 
 
 def _padding(attention_mask: Tensor | None, batch_size: int, kv_length: int, kv_offset: int) -> Tensor | None:
@@ -322,9 +342,11 @@ class _Terms:
     right: int | None = None
     lo: Tensor | None = None  # int64 [1 or B, Nq]
     hi: Tensor | None = None
+    start: Tensor | None = None  # where sequences that are packed in a row start
 
     def __and__(self, other: _Terms) -> _Terms:
         nearer: dict[str, Any] = {"left": min, "right": min, "lo": torch.maximum, "hi": torch.minimum}
+        nearer["start"] = torch.maximum
         joined = {}
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
@@ -392,6 +414,8 @@ def _check_window(sliding_window: int) -> None:
 
 def _read_chunks(queries: Tensor, chunk_size: int, left_padding: Tensor) -> _Terms:
     """Chunks are counted from the first token after the padding."""
+    if chunk_size < 1:
+        raise InvalidInput("attention_chunk_size", "an int >= 1 in the config of a model with chunks", chunk_size)
     if on_shards() and left_padding.any():
         raise _unsupported("a mask of chunks", "padding on the left shifts them, and a shard does not know by how much")
     padding = left_padding.view(-1, 1)
@@ -411,7 +435,7 @@ def _read_sequences(queries: Tensor, packed_sequence_mask: Tensor) -> _Terms | N
     lo = torch.where(starts, index, 0).cummax(dim=-1).values
     last = F.pad(starts[:, 1:], (0, 1), value=True)
     hi = torch.where(last, index + 1, ids.shape[1]).flip(-1).cummin(dim=-1).values.flip(-1)
-    return _Terms(lo=lo, hi=hi)
+    return _Terms(lo=lo, hi=hi, start=lo)
 
 
 def _read_packed(queries: Tensor, mask_functions: tuple[MaskFunction, ...]) -> _Terms | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longattn.errors import InvalidInput
 
-__all__ = ["Names", "Weight", "to_ours", "to_theirs", "without_derived"]
+__all__ = ["Names", "Weight", "is_finite", "to_ours", "to_theirs", "without_derived"]
 
 
 class Weight(NamedTuple):
@@ -23,6 +23,8 @@ class Weight(NamedTuple):
 
 Names = Mapping[str, Weight]  # by our names
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def to_ours(names: Names, theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """Our weights of a checkpoint's.
@@ -31,7 +33,8 @@ def to_ours(names: Names, theirs: Mapping[str, Tensor], shapes: Mapping[str, tor
         shapes: of our weights, by our names.
 
     Raises:
-        InvalidInput: missing or unexpected weights, or some of another shape; named as the checkpoint names them.
+        InvalidInput: missing or unexpected weights, or some of another shape, of no floating dtype, or not finite;
+            named as the checkpoint names them.
     """
     wanted = {weight.name for weight in names.values()}
     problems = [f"missing {name}" for name in wanted - theirs.keys()]
@@ -45,13 +48,23 @@ def to_ours(names: Names, theirs: Mapping[str, Tensor], shapes: Mapping[str, tor
         value = value if part is None or not value.dim() else value.tensor_split(3)[part]
         if value.shape != shapes[name]:
             problems.append(f"{source} of shape {tuple(given.shape)} for our {name} {tuple(shapes[name])}")
+        elif given.dtype not in _DTYPES:
+            problems.append(f"{source} of {given.dtype}")
         ours[name] = (
             value if transposed is False and part is None else value.clone(memory_format=torch.contiguous_format)
         )
+    problems += [f"{name} is not finite" for name in sorted(wanted & theirs.keys()) if not is_finite(theirs[name])]
     if problems:
         listing = "; ".join(sorted(problems)[:8]) + (f"; {len(problems) - 8} more" if len(problems) > 8 else "")
         raise InvalidInput("checkpoint", "the weights that its config asks for", listing)
     return ours
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether all numbers of a floating tensor are finite, without a tensor of as many flags."""
+    if weight.dtype not in _DTYPES or not weight.numel() or weight.is_meta:
+        return True
+    return bool(torch.stack(weight.detach().aminmax()).isfinite().all())
 
 
 def to_theirs(names: Names, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -76,7 +89,8 @@ def without_derived(state: Mapping[str, Tensor], derived: Mapping[str, str]) -> 
     kept = dict(state)
     for name, original in derived.items():
         if name in kept and original in kept:
-            if not torch.equal(kept.pop(name), kept[original]):
+            tied, weight = kept.pop(name), kept[original]
+            if tied.dtype != weight.dtype or not torch.equal(tied, weight):
                 raise InvalidInput(
                     "checkpoint", f"{name} equal to {original}, as its config ties them", "other weights"
                 )
