@@ -25,8 +25,6 @@ MASKS_WITHOUT_POSITIONS = frozenset(
         "evolla",
         "gpt_oss",
         "opt",
-        "t5gemma",
-        "t5gemma2",
         "timesfm2_5",
     }
 )

@@ -43,8 +43,7 @@ class Visibility(Tensor):
         offset: int32 [B], the position of query 0; None: the last query is at the position of the last key.
         lo, hi: int32 [Nq] or [B, Nq], query i sees keys lo[i] <= j < hi[i] only; or None.
         key_mask: bool [B, Nk], True = visible; or None.
-        plain: whether a causal model made it without an attention_mask and nothing but causality and a window hides
-            keys, so that position_ids may say more.
+        plain: whether nothing but causality and a window hides keys, so that position_ids may say more.
         family: the model_type of the config that it was made for, for messages.
         packed: what `packing.packed_bounds` found for these position_ids, kept for the next layer.
         start: int32 [1 or B, 1 or Nq], the index at which each query's own sequence starts, past padding on the left
@@ -254,7 +253,7 @@ def visibility(
         config: of the model.
 
     Raises:
-        InvalidInput: an attention_mask that has neither 2 nor 4 dimensions; a sliding_window below 1.
+        InvalidInput: an attention_mask that has neither 2 nor 4 dimensions.
         Unsupported: some query's keys are no interval; a mask function of the user's own in an exported program.
     """
     from transformers import masking_utils
@@ -289,7 +288,7 @@ def visibility(
     # A tensor is copied here: the cache that it belongs to counts on in place while the layers run.
     if isinstance(shift, Tensor) or shift != kv_length - q_length:
         offset = torch.as_tensor(shift, dtype=torch.int32, device=device).expand(batch_size).contiguous()
-    plain = known and attention_mask is None and terms.right == 0 and lo is None and offset is None
+    plain = known and terms.right == 0 and lo is None and key_mask is None and offset is None
     return Visibility(
         (batch_size, 1, q_length, kv_length),
         device,
@@ -397,19 +396,12 @@ def _read_intersection(queries: Tensor, mask_functions: tuple[MaskFunction, ...]
 
 def _read_sliding_window(queries: Tensor, sliding_window: int) -> _Terms:
     """k > q - W: the W newest keys."""
-    _check_window(sliding_window)
     return _Terms(left=sliding_window - 1)
 
 
 def _read_bidirectional_window(queries: Tensor, sliding_window: int) -> _Terms:
     """|q - k| <= W: both ends included."""
-    _check_window(sliding_window)
     return _Terms(left=sliding_window, right=sliding_window)
-
-
-def _check_window(sliding_window: int) -> None:
-    if sliding_window < 1:
-        raise InvalidInput("sliding_window", "an int >= 1 in the config of a model with sliding layers", sliding_window)
 
 
 def _read_chunks(queries: Tensor, chunk_size: int, left_padding: Tensor) -> _Terms:
