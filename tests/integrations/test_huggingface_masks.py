@@ -152,6 +152,54 @@ def test_operations_on_a_mask() -> None:
     assert repr(mask) == "Visibility([2, 1, 3, 5], right=0, key_mask=bool [2, 5], start=int32 [2, 1])"
 
 
+def test_a_mask_over_batch_and_heads() -> None:
+    mask = visibility.visibility(2, 3, 5, attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]), q_offset=2)
+    entries = dense(mask)
+    assert torch.equal(visibility.dense(mask), entries)
+    repeated = mask.repeat(2, 4, 1, 1)
+    assert isinstance(repeated, Visibility) and repeated.shape == (4, 4, 3, 5)
+    assert torch.equal(visibility.dense(repeated), entries.repeat(2, 1, 1, 1))
+    assert torch.equal(visibility.dense(mask.expand(-1, 4, -1, -1)), entries)
+    flat = mask.repeat(1, 4, 1, 1).reshape(-1, 3, 5)
+    assert torch.equal(visibility.dense(flat), entries.repeat(1, 4, 1, 1).reshape(-1, 3, 5))
+    first = visibility.visibility(1, 3, 5, attention_mask=torch.tensor([[0, 1, 1, 1, 1]]), q_offset=2)
+    assert torch.equal(visibility.dense(first.expand(2, 1, 3, 5)), entries[:1].expand(2, 1, 3, 5))
+
+
+def test_a_mask_in_sums_and_choices_of_the_model() -> None:
+    """The model makes something dense of it: hidden entries become the least number, as transformers' own do."""
+    mask = visibility.visibility(2, 3, 5, attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]), q_offset=2)
+    scores = torch.randn(2, 4, 3, 5, requires_grad=True)
+    expected = scores.masked_fill(~dense(mask), torch.finfo(torch.float32).min)
+    for total in (scores + mask, mask + scores, scores.clone().add_(mask)):
+        assert torch.equal(total, expected)
+    total.softmax(-1)[..., 2].sum().backward()
+    assert scores.grad is not None and not scores.grad.masked_select(~dense(mask)).any()
+    assert torch.equal(torch.where(mask, torch.tensor(0.0), torch.tensor(-1.0)), torch.where(dense(mask), 0.0, -1.0))
+
+
+def test_a_mask_that_hides_nothing_has_any_size() -> None:
+    """As for a prefix that PEFT puts before the keys of an encoder."""
+    mask = visibility.visibility(2, 3, 3, mask_function=masking_utils.bidirectional_mask_function)
+    torch.manual_seed(3)
+    got = call(mask)
+    torch.manual_seed(3)
+    assert torch.equal(got, call(None, is_causal=False))
+
+
+def test_a_mask_of_three_dimensions() -> None:
+    with pytest.raises(longattn.InvalidInput, match="attention_mask: expected 2 dimensions.*or 4.*3, 5"):
+        visibility.visibility(2, 3, 5, attention_mask=torch.ones(2, 3, 5, dtype=torch.bool))
+
+
+def test_packed_rows_of_other_versions_of_transformers() -> None:
+    """Before 5.23 the mask of a packed row is causality, a window and the sequences, all of indices in the row."""
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1]])
+    for inner in (masking_utils.causal_mask_function, masking_utils.sliding_window_causal_mask_function(3)):
+        function = masking_utils.and_masks(inner, masking_utils.packed_sequence_mask_function(ids))
+        assert check(2, 7, 7, function).lo is not None
+
+
 def call(mask: Tensor | None, nq: int = 3, nk: int = 5, batch: int = 2, **others: Any) -> Tensor:
     layer = nn.Module()
     q, k, v = torch.randn(batch, 4, nq, 8), torch.randn(batch, 2, nk, 8), torch.randn(batch, 2, nk, 8)
@@ -173,6 +221,7 @@ def test_layers_without_a_mask() -> None:
     ("arguments", "error", "says"),
     [
         ({"mask": visibility.visibility(2, 3, 6)}, longattn.InvalidInput, "3 queries and 5 keys"),
+        ({"mask": visibility.visibility(2, 3, 5).repeat(1, 4, 1, 1).view(8, 3, 5)}, longattn.InvalidInput, "4 dim"),
         ({"mask": torch.ones(2, 5, dtype=torch.bool)}, longattn.InvalidInput, "4 dimensions"),
         ({"mask": torch.ones(2, 1, 3, 5, dtype=torch.int64)}, longattn.InvalidInput, "floating or bool"),
         ({"mask": None, "sinks": torch.zeros(4)}, longattn.Unsupported, "sinks is not implemented"),
