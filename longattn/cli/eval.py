@@ -8,7 +8,6 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import reduce
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,12 @@ from longattn._version import __version__
 from longattn.cli import eval_report as report
 from longattn.cli.device import Device
 from longattn.cli.language_model import LanguageModel, load_language_model, trained_length
-from longattn.cli.methods import chosen_methods, method_options
+from longattn.cli.methods import chosen_methods, extended_by, method_options
 from longattn.cli.output import make_console
 from longattn.cli.writing import writes_folder
 from longattn.errors import InvalidInput
 from longattn.evaluation import TASKS, TEXT_TASKS, Cell, Evaluation, Plan, Results, make_reader, most_positions
 from longattn.files import write_text
-from longattn.integrations import extend
 from longattn.training.text_files import find_texts, read_pieces
 
 __all__ = ["evaluate", "read_text", "token_counts"]
@@ -67,6 +65,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 @click.option("--dtype", type=click.Choice(_DTYPES), default="float32", help="Of weights and caches.")
 @click.option("--device", type=Device(), default="cpu", help="Where to run.")
 @click.option("--seed", default=0, help="Of the questions.")
+@click.option("--chat", is_flag=True, help="Ask every question as a user's message, by the model's chat template.")
 @method_options
 def evaluate(
     model: Path,
@@ -85,6 +84,7 @@ def evaluate(
     dtype: str,
     device: str,
     seed: int,
+    chat: bool,
     **options: Any,
 ) -> None:
     """Measure how MODEL reads long texts; results.json, report.md and pictures go to --out.
@@ -127,7 +127,8 @@ def evaluate(
             plan, context=read_at_once, stride=_stride(asked, counts, read_at_once) if stride is None else stride
         )
     methods = chosen_methods(loaded.model, **options)
-    reads: Any = reduce(extend, methods, loaded.model)
+    reads = extended_by(loaded.model, methods, make_console(error=True))
+    prefix, suffix = loaded.chat_frame() if chat else (list(loaded.prefix), [])
     text = read_text(texts, loaded, plan.text_tokens, out=out) if texts else None
     settings = {
         "model": str(model),
@@ -137,13 +138,15 @@ def evaluate(
         "dtype": dtype,
         "text": None if text is None else hashlib.sha256(text[: plan.text_tokens].numpy().tobytes()).hexdigest()[:16],
         "plan": asdict(plan) | {"tasks": list(plan.tasks), "lengths": list(plan.lengths)},
+        "chat": True if chat else None,
     }
     evaluation = Evaluation(
         make_reader(reads),
         plan,
         encode=loaded.encode,
         decode=loaded.decode,
-        prefix=loaded.prefix,
+        prefix=prefix,
+        suffix=suffix,
         text=text,
         device=device,
     )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -20,7 +19,7 @@ from longattn.cli.card import card_path, check_card, tokenizer_json
 from longattn.cli.device import Device
 from longattn.cli.eval import read_text
 from longattn.cli.language_model import LanguageModel, load_language_model, trained_length
-from longattn.cli.methods import chosen_methods, method_options
+from longattn.cli.methods import chosen_methods, extended_by, method_options
 from longattn.cli.output import make_console
 from longattn.cli.train import open_tokens
 from longattn.cli.writing import check_installed, claimed
@@ -28,7 +27,6 @@ from longattn.errors import InvalidInput
 from longattn.evaluation import make_reader, search_longrope
 from longattn.extension import Method
 from longattn.files import new_folder, write_text
-from longattn.integrations import extend as extend_model
 from longattn.integrations import huggingface
 from longattn.models import Decoder
 from longattn.rope import Rope
@@ -139,7 +137,11 @@ def extend(
     else:
         searched = []
     methods = [*searched, *chosen_methods(before, **options)]
-    extended: Any = reduce(extend_model, methods, before)
+    extended: Any = extended_by(before, methods, make_console(error=True))
+    theirs: Any = None
+    if loaded.tokenizer is not None:
+        theirs = extended_by(loaded.theirs, methods) if isinstance(extended, Decoder) else extended
+        _check_saves(theirs, loaded.tokenizer)
 
     _, card, tokens_file, ends, training, proof = outputs(out)
     checkpoint = out if found is None else training
@@ -174,7 +176,7 @@ def extend(
                 if not resume:
                     write_text(proof, json.dumps(origin))
                 _fine_tune(extended, batches, config, adapters, training, resume, seed, console)
-        _write(out, loaded, extended, methods, trained=found is not None)
+        _write(out, loaded, extended, theirs, trained=found is not None)
         console.print(f"{', '.join(str(method) for method in methods)}; saved to {out}", soft_wrap=True)
         if found is not None:
             for left in (training, tokens_file, ends, proof):
@@ -207,7 +209,7 @@ def _searched(
         bar = progress.add_task("searching", total=population * (generations + 1), loss=float("nan"))
 
         def loss(candidate: LongRoPE) -> float:
-            return make_reader(extend_model(model, candidate)).losses(text[: length + 1]).double().mean().item()
+            return make_reader(extended_by(model, [candidate])).losses(text[: length + 1]).double().mean().item()
 
         found = search_longrope(
             loss,
@@ -288,9 +290,16 @@ def _fine_tune(
         console.print(f"{took}; loss {result.losses[-1]:.4f}")
 
 
-def _write(
-    out: Path, loaded: LanguageModel, extended: Any, methods: Sequence[Scaling | Method], *, trained: bool
-) -> None:
+def _check_saves(theirs: Any, tokenizer: Any) -> None:
+    """Raise InvalidInput if transformers would not save a model or its tokenizer, before any work on the model."""
+    with TemporaryDirectory() as folder, huggingface.readable("MODEL", "a model that transformers saves", "MODEL"):
+        theirs.config.save_pretrained(folder)
+        if theirs.generation_config is not None:
+            theirs.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _write(out: Path, loaded: LanguageModel, extended: Any, theirs: Any, *, trained: bool) -> None:
     """The model as it came: a checkpoint with its card, or a folder of a Hugging Face model with its tokenizer."""
     if loaded.tokenizer is None:
         if loaded.card is not None:
@@ -301,7 +310,6 @@ def _write(
             card_path(out).unlink(missing_ok=True)
             raise
         return
-    theirs: Any = reduce(extend_model, methods, loaded.theirs) if isinstance(extended, Decoder) else extended
     if trained:
         assert isinstance(extended, Decoder)
         huggingface.load_into(theirs, extended.cpu())

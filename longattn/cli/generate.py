@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import click
 import torch
@@ -14,27 +14,15 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from longattn.cli.device import Device
-from longattn.cli.language_model import load_language_model
+from longattn.cli.language_model import LanguageModel, check_draft, load_language_model
 from longattn.cli.output import echo, make_console
 from longattn.errors import InvalidInput
 from longattn.models import Decoder, GenerationConfig, Sampling, beam_search, stream
-from longattn.models.generation.text import Decode
 from longattn.training.text_files import read_text
 
 __all__ = ["generate"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
-
-
-Encode = Callable[[str], list[int]]
-
-
-class _Tokenizer(NamedTuple):
-    """Text to token ids and back, and the ids that end a text."""
-
-    encode: Encode
-    decode: Decode
-    stop_tokens: tuple[int, ...]
 
 
 @click.command(context_settings={"show_default": True})
@@ -54,6 +42,7 @@ class _Tokenizer(NamedTuple):
 @click.option("--repetition-penalty", default=1.0, help="Above 1, tokens that the text has become less likely.")
 @click.option("--beams", default=1, help="Above 1: a beam search.")
 @click.option("--length-penalty", default=1.0, help="Of a beam search: above 0 prefers longer texts.")
+@click.option("--chat", is_flag=True, help="Each prompt is a user's message, by the model's chat template.")
 @click.option("--stop", multiple=True, help="A string that ends the text; repeatable.")
 @click.option("--draft", type=click.Path(exists=True, path_type=Path), help="A small model that guesses ahead.")
 @click.option("--draft-tokens", default=4, help="How many tokens it guesses at a time.")
@@ -80,6 +69,7 @@ def generate(
     repetition_penalty: float,
     beams: int,
     length_penalty: float,
+    chat: bool,
     stop: tuple[str, ...],
     draft: Path | None,
     draft_tokens: int,
@@ -106,32 +96,37 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
     if beams != 1 and draft is not None:
         raise InvalidInput("--draft", "none with --beams", draft)
-    model, tokenizer = _load(checkpoint, dtype, device)
+    found = _load(checkpoint, dtype, device)
+    model: Any = found.model
     if window is not None or sinks:
         model = model.extended(window=window, sinks=sinks)
-    drafting = None if draft is None else _load(draft, dtype, device)[0]
+    drafting: Any = None
+    if draft is not None:
+        drafts = _load(draft, dtype, device)
+        check_draft(found, drafts)
+        drafting = drafts.model
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop=stop,
-        stop_tokens=tokenizer.stop_tokens,
+        stop_tokens=found.stop_tokens,
         draft_tokens=draft_tokens,
         cache_dtype=None if cache_dtype is None else getattr(torch, cache_dtype),
         positions=positions,
     )
-    ids = [tokenizer.encode(text) for text in texts]
+    ids = [found.chat(text) if chat else [*found.prefix, *found.encode(text)] for text in texts]
     shows = len(ids) == 1 and beams == 1 and sys.stdout.isatty()
     console = make_console(error=True)
     with _Line(console, sum(map(len, ids)), hidden=shows) as line:
         if beams != 1:
-            found = beam_search(model, ids, config, beams=beams, length_penalty=length_penalty, decode=tokenizer.decode)
-            line.add(sum(len(best[0].tokens) for best in found), drafted=0)
-            results = [best[0].text or "" for best in found]
+            best_of = beam_search(model, ids, config, beams=beams, length_penalty=length_penalty, decode=found.decode)
+            line.add(sum(len(best[0].tokens) for best in best_of), drafted=0)
+            results = [best[0].text or "" for best in best_of]
         else:
             results = [""] * len(ids)
             generator = torch.Generator().manual_seed(seed)
             try:
-                for piece in stream(model, ids, config, decode=tokenizer.decode, draft=drafting, generator=generator):
+                for piece in stream(model, ids, config, decode=found.decode, draft=drafting, generator=generator):
                     results[piece.sequence] += piece.text
                     line.add(1, drafted=int(piece.drafted))
                     if shows:
@@ -184,12 +179,11 @@ def _check_text(name: str, text: str) -> None:
         raise InvalidInput(name, "a text in UTF-8", repr(text)) from error
 
 
-def _load(checkpoint: Path, dtype: str, device: str) -> tuple[Decoder, _Tokenizer]:
+def _load(checkpoint: Path, dtype: str, device: str) -> LanguageModel:
     found = load_language_model(checkpoint, dtype=getattr(torch, dtype), device=device)
     if not isinstance(found.model, Decoder):
         raise InvalidInput("CHECKPOINT", "a decoder that longattn.models can say", type(found.model).__name__)
-    tokenizer = _Tokenizer(lambda text: [*found.prefix, *found.encode(text)], found.decode, found.stop_tokens)
-    return found.model, tokenizer
+    return found
 
 
 def _print(texts: Iterable[str]) -> None:

@@ -27,7 +27,8 @@ class LanguageModel:
     """What reads and what makes its tokens.
 
     model: a Decoder of ours, or a model of transformers that ours cannot say. encode, decode: without special tokens.
-    prefix: tokens that a text starts with. stop_tokens: those that end it, by the model's folder: all of them. card: beside a checkpoint of ours; None otherwise.
+    prefix: tokens that a text starts with. stop_tokens: all that end it, by the folder's tokenizer and configs.
+    card: beside a checkpoint of ours; None otherwise.
     tokenizer: of transformers; None for ours. theirs: the model as transformers made it, where `keep` asked for it.
     """
 
@@ -145,10 +146,11 @@ def _of_transformers(path: Path, gguf: str | None, dtype: torch.dtype, device: s
     # No code of the folder runs, and transformers does not offer to run it.
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     where |= {"gguf_file": gguf} if gguf else {}
-    config = None if gguf else huggingface.read_config(path)
+    config = None if gguf else huggingface.read_config(path, "MODEL")
     with huggingface.readable("MODEL", "a folder with a tokenizer that transformers reads without running code", path):
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
     theirs: Any = None
+    loading: Any = None
     model: Any = None
     if config is not None and not keep:
         try:
@@ -159,13 +161,14 @@ def _of_transformers(path: Path, gguf: str | None, dtype: torch.dtype, device: s
         if (path / "model.safetensors.index.json").is_file():
             huggingface.weight_files(path)
         with _quiet(transformers), huggingface.readable("MODEL", "a causal language model of transformers", path):
-            theirs, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 attn_implementation=huggingface.registration.NAME,
                 dtype=dtype,
                 output_loading_info=True,
                 **where,
             )
+        theirs, loading = loaded
         theirs.eval()
         if missing := sorted(loading["missing_keys"]):
             raise InvalidInput("MODEL", "a folder with all weights of its model", f"missing {', '.join(missing[:8])}")

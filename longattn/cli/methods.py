@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from rich.console import Console
 
 from longattn import scaling
 from longattn.cli.language_model import trained_length
@@ -24,8 +27,9 @@ from longattn.extension import (
     ShiftedGroups,
     StreamingLLM,
 )
+from longattn.integrations import extend
 
-__all__ = ["METHODS", "chosen_methods", "method_options"]
+__all__ = ["METHODS", "chosen_methods", "extended_by", "method_options"]
 
 METHODS = (
     "linear",
@@ -44,6 +48,17 @@ METHODS = (
     "shifted-groups",
     "learned",
 )
+
+# The methods that read an option of their own.
+_READERS = {
+    "base": ("base",),
+    "proportion": ("p-rope",),
+    "longrope": ("longrope",),
+    "group": ("self-extend", "shifted-groups"),
+    "window": ("self-extend", "streaming", "pattern"),
+    "sinks": ("streaming", "pattern"),
+    "pattern": ("pattern",),
+}
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -89,8 +104,12 @@ def chosen_methods(
     """The values that the options describe, in the order of --method.
 
     Raises:
-        InvalidInput: an option that a method needs is missing, or out of range.
+        InvalidInput: an option that a method needs is missing or out of range, or one is given that no method reads.
     """
+    given = {"base": base, "proportion": proportion, "longrope": longrope, "group": group, "window": window}
+    for name, value in (given | {"sinks": sinks, "pattern": pattern}).items():
+        if value is not None and not set(_READERS[name]) & set(methods):
+            raise InvalidInput(f"--{name}", f"none without --method {' or '.join(_READERS[name])}", value)
     length = trained_length(model) if trained is None else trained
     if factor is not None and not factor >= 1:
         raise InvalidInput("--factor", "a number of at least 1", factor)
@@ -135,6 +154,17 @@ def chosen_methods(
         return LearnedPositions(needed("--factor", factor))
 
     return [make(name) for name in methods]
+
+
+def extended_by(model: Any, methods: Sequence[scaling.Scaling | Method], console: Console | None = None) -> Any:
+    """Return the model under all methods, and say on the console what they replace or shorten."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        extended: Any = reduce(extend, methods, model)
+    if console is not None:
+        for message in dict.fromkeys(str(warning.message) for warning in said):
+            console.print(f"Note: {message}", soft_wrap=True)
+    return extended
 
 
 def _group(factor: float, length: int, window: int) -> int:

@@ -205,7 +205,7 @@ class Evaluation:
     Args:
         reader: the model.
         encode, decode: of its tokenizer, without special tokens.
-        prefix: tokens that every prompt starts with.
+        prefix: tokens that every prompt starts with; suffix: tokens that every question ends with (of a chat template).
         text: int64 [T], for loss and perplexity.
         device: whose memory counts.
 
@@ -222,11 +222,12 @@ class Evaluation:
         encode: Callable[[str], Sequence[int]],
         decode: Decode,
         prefix: Sequence[int] = (),
+        suffix: Sequence[int] = (),
         text: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.reader, self.plan = reader, plan
-        self.encode, self.decode, self.prefix = encode, decode, tuple(prefix)
+        self.encode, self.decode, self.prefix, self.suffix = encode, decode, tuple(prefix), tuple(suffix)
         self.text = text
         self.device = torch.device(device)
         if "short_windows" in plan.tasks and plan.context is None:
@@ -285,7 +286,8 @@ class Evaluation:
             return self._speed(cell.length)
         question = self._question(cell)
         begun = time.perf_counter()
-        answer = self.decode(list(self.reader.answer([*self.prefix, *question.prompt], question.new_tokens)))
+        prompt = [*self.prefix, *question.prompt, *self.suffix]
+        answer = self.decode(list(self.reader.answer(prompt, question.new_tokens)))
         return {
             "recall": question.recall(answer),
             "characters": question.characters(answer),
@@ -340,13 +342,14 @@ class Evaluation:
 
     def _question(self, cell: Cell) -> Question:
         seed = (self.plan.seed, cell.number)
-        room = cell.length - len(self.prefix)
+        around = len(self.prefix) + len(self.suffix)
+        room = cell.length - around
         try:
             if cell.task == "passkey":
                 return passkey(self.encode, room, cell.depth, (cell.length, cell.depth, *seed))
             return ruler(cell.task, self.encode, room, seed)
         except InvalidInput as error:
-            start = f", after {len(self.prefix)} that a prompt starts with" if self.prefix else ""
+            start = f", next to {around} that every prompt has" if around else ""
             raise InvalidInput("lengths", f"{error.expected} of {cell.task}{start}", cell.length) from error
 
     def _speed(self, length: int) -> dict[str, Any]:

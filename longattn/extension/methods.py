@@ -53,7 +53,7 @@ class SelfExtend(Remapping, name="self_extend"):
     Reads about (L0 - W) G + W tokens. Jin et al., LLM Maybe LongLM, arXiv 2401.01325; github.com/datamllab/LongLM.
 
     Args:
-        group: G, tokens that share a position; at least 1.
+        group: G, tokens that share a position; at least 1, and at least 2 to extend a model.
         window: W, at least 1, well below L0.
     """
 
@@ -183,7 +183,8 @@ class StreamingLLM(Method, name="streaming"):
     Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453.
 
     Args:
-        window: tokens, the query's own included; with the sinks at most L0.
+        window: tokens, the query's own included; below L0, or what the model's scaling makes of it, and with the sinks
+            at most that.
         sinks: first tokens that stay.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from click.testing import CliRunner, Result
 from longattn import scaling
 from longattn.cli import main
 from longattn.cli.eval import token_counts
+from longattn.cli.language_model import load_language_model
 from longattn.errors import InvalidInput
+from longattn.evaluation import Evaluation, Plan, Results
 from longattn.extension import DualChunk, LogN, SelfExtend
 from longattn.integrations.huggingface import load_pretrained, to_hf
 from longattn.models import Decoder, TransformerConfig
@@ -225,6 +228,193 @@ def test_models_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty" / "config.json").write_text("no JSON")
     refused = run("eval", tmp_path / "empty", "--lengths", 64)
     assert refused.exit_code == 1 and "MODEL" in refused.output
+
+
+TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}</>{% endfor %}<assistant>"
+
+
+@pytest.fixture
+def chatty(folder: Path) -> Path:
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
+    return folder
+
+
+def test_questions_are_asked_as_messages(chatty: Path, tmp_path: Path) -> None:
+    loaded = load_language_model(chatty)
+    assert loaded.decode(loaded.chat("Hi!")) == "<user>Hi!</><assistant>"
+    assert tuple(map(loaded.decode, loaded.chat_frame())) == ("<user>", "</><assistant>")
+
+    asked: list[str] = []
+    frame = loaded.chat_frame()
+
+    class Reader:
+        def answer(self, prompt: list[int], new_tokens: int) -> list[int]:
+            asked.append(loaded.decode(prompt))
+            return list(prompt[:1])
+
+        def bytes_for(self, tokens: int) -> int:
+            return 0
+
+    plan = Plan(tasks=("passkey",), lengths=(700,), depths=1)
+    reader: Any = Reader()
+    suite = Evaluation(reader, plan, encode=loaded.encode, decode=loaded.decode, prefix=frame[0], suffix=frame[1])
+    suite.run(Results({}), lambda: None)
+    [prompt] = asked
+    assert prompt.startswith("<user>") and prompt.endswith("The pass key is</><assistant>") and len(prompt) <= 700
+
+    out = tmp_path / "results"
+    command = ("eval", chatty, "--lengths", 700, "--tasks", "passkey", "--depths", 1, "--out", out)
+    done(*command, "--chat")
+    refused = run(*command, "--resume")
+    assert refused.exit_code == 1 and "--resume: chat" in refused.output
+    said = run("generate", chatty, "Hi!", "--max-new-tokens", 2, "--chat")
+    assert said.exit_code == 0 and f"{len('<user>Hi!</><assistant>')} tokens of prompts" in said.stderr
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}", "{% for", "nothing", "{{ 1 / 0 }}"])
+def test_chat_templates_that_do_not_work(template: str | None, folder: Path, ours: Path, tmp_path: Path) -> None:
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    refused = run("eval", folder, "--lengths", 700, "--tasks", "passkey", "--chat", "--out", tmp_path / "out")
+    assert refused.exit_code == 1 and refused.output.startswith("Error: --chat") and refused.output.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    refused = run("generate", ours, "Hi!", "--chat")
+    assert refused.exit_code == 1 and refused.output.startswith("Error: --chat")
+
+
+def test_all_ids_that_end_a_text(folder: Path) -> None:
+    def write(name: str, **values: Any) -> None:
+        path = folder / name
+        before = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(before | values))
+
+    write("generation_config.json", eos_token_id=[5, 7])
+    write("config.json", eos_token_id=9)
+    write("tokenizer_config.json", eos_token="a")
+    for keep in (False, True):
+        assert load_language_model(folder, keep=keep).stop_tokens == (5, 7, 9, ord("a"))
+    write("generation_config.json", eos_token_id=[-1, 256, 3])  # the model has none of the first two
+    write("config.json", eos_token_id=None)
+    assert load_language_model(folder).stop_tokens == (3, ord("a"))
+    write("generation_config.json", eos_token_id="three")
+    with pytest.raises(InvalidInput, match="eos_token_id"):
+        load_language_model(folder)
+
+
+def test_drafts_have_the_same_tokens(folder: Path, ours: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    command = ("generate", folder, "Hi!", "--max-new-tokens", 3, "--draft")
+    assert run(*command, other).exit_code == 0
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for draft, got in ((other, "one with 2 other tokens, such as 'a'"), (ours, "another kind of tokenizer")):
+        refused = run(*command, draft)
+        assert refused.exit_code == 1 and got in " ".join(refused.output.split()), refused.output
+
+
+def test_what_a_method_takes_away_is_said(folder: Path, ours: Path, tmp_path: Path) -> None:
+    for number, model in enumerate((ours, folder)):
+        first, second = (tmp_path / f"{number}-{name}" for name in ("first", "second"))
+        result = run("extend", model, "--out", first, "--method", "yarn", "--factor", 4)
+        assert result.exit_code == 0 and "Note:" not in result.stderr
+        result = run("extend", first, "--out", second, "--method", "linear", "--factor", 2)
+        said = " ".join(result.stderr.split())
+        assert result.exit_code == 0 and said.count("Note:") == 2
+        assert "Linear(factor=2.0) replaces YaRN(" in said and "about 128 tokens" in said and "before 256" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "self-extend", "--factor", 2, "--window", 64), "window: expected less than the 64 tokens"),
+        (("--method", "self-extend", "--factor", 1), "group: expected an int >= 2"),
+        (("--method", "streaming", "--window", 64), "window: expected less than the 64 tokens"),
+        (("--method", "streaming", "--window", 62), "sinks: expected with the window at most the 64 tokens"),
+        (("--method", "pattern", "--pattern", "SL", "--window", 64), "window: expected less than the 64 tokens"),
+        (("--method", "yarn", "--factor", 2, "--group", 4), "--group: expected none without --method self-extend"),
+        (("--method", "dual-chunk", "--window", 4), "--window: expected none without"),
+        (("--method", "log-n", "--base", 1e6), "--base: expected none without --method base"),
+    ],
+)
+def test_nonsense_for_a_method(
+    options: tuple[Any, ...], message: str, folder: Path, ours: Path, tmp_path: Path
+) -> None:
+    for model in (ours, folder):
+        refused = run("extend", model, "--out", tmp_path / "out", *options)
+        assert refused.exit_code == 1 and message in " ".join(refused.output.split()), refused.output
+        assert not (tmp_path / "out").exists()
+
+
+def test_folders_say_which_attention_they_need(folder: Path, tmp_path: Path) -> None:
+    for method, wanted in (("log-n", "longattn"), ("yarn", None)):
+        out = tmp_path / method
+        done("extend", folder, "--out", out, "--method", method, "--factor", 4)
+        assert json.loads((out / "config.json").read_text()).get("attn_implementation") == wanted
+    done("extend", tmp_path / "log-n", "--out", tmp_path / "both", "--method", "yarn", "--factor", 4)
+    assert json.loads((tmp_path / "both" / "config.json").read_text())["attn_implementation"] == "longattn"
+
+
+def test_what_transformers_does_not_save_is_known_before_work_begins(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*arguments: object, **options: object) -> None:
+        raise ValueError("some generation parameters are set in the model config")
+
+    monkeypatch.setattr("transformers.LlamaConfig.save_pretrained", save)
+    monkeypatch.setattr("longattn.cli.extend.run_training", None)  # not reached
+    refused = run("extend", folder, "--out", tmp_path / "out", "--method", "yarn", "--factor", 4, "--text", text)
+    assert refused.exit_code == 1 and "a model that transformers saves" in refused.output, refused.output
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+def test_no_code_of_a_folder_runs(tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nX = None\n")
+    for auto_map in ({"AutoConfig": "code.X"}, {"AutoConfig": "code.X", "AutoModelForCausalLM": "code.X"}):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "of its own", "auto_map": auto_map}))
+        result = CliRunner().invoke(main, ["generate", str(tmp_path), "Hi!"], input="y\ny\n")
+        assert result.exit_code == 1 and "without running code" in result.output
+        with pytest.raises(InvalidInput, match="without running code"):
+            load_pretrained(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "nan", "truncated", "leaves", "vocabulary", "layers", "type"])
+def test_damaged_folders(damage: str, folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    name = "model.layers.1.mlp.up_proj.weight"
+    match damage:
+        case "missing":
+            del weights[name]
+        case "shape":
+            weights[name] = weights[name][:-1].clone()
+        case "nan":
+            weights[name][0, 0] = float("nan")
+        case "layers":
+            config["num_hidden_layers"] = 10
+        case "type":
+            config["hidden_size"] = "wide"
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    if damage == "truncated":
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    if damage == "leaves":
+        (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+        index = {"weight_map": dict.fromkeys(weights, "../outside.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if damage == "vocabulary":
+        (folder / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": [], "merges": 3}}')
+    for command in ("generate", "eval"):
+        refused = run(command, folder, *(["Hi!"] if command == "generate" else ["--lengths", 64]))
+        assert refused.exit_code == 1, refused.output
+        last = refused.output.strip().splitlines()[-1]
+        assert last.startswith(("Error: MODEL", "Error: folder")), refused.output
 
 
 def test_lengths() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,106 @@ def test_broken_folders(tmp_path: Path) -> None:
         load_pretrained(tmp_path)
     shard.unlink()
     with pytest.raises(InvalidInput, match=shard.name):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "no JSON",
+        "[]",
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": {"lm_head.weight": 3}}',
+        '{"weight_map": {"lm_head.weight": "../model.safetensors"}}',
+        '{"weight_map": {"lm_head.weight": "/model.safetensors"}}',
+        '{"weight_map": {"lm_head.weight": "below/model.safetensors"}}',
+        '{"weight_map": {"lm_head.weight": ".."}}',
+        '{"weight_map": {"lm_head.weight": "config.json"}}',
+        '{"weight_map": {"lm_head.weight": "model.safetensors"}}',
+        '{"weight_map": {"other.weight": "model.safetensors"}}',
+        "[" * 100_000,
+    ],
+    ids=range(13),
+)
+def test_indices_that_are_damaged_or_leave_the_folder(index: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    llama().save_pretrained(folder)
+    (folder / "below").mkdir()
+    for place in (tmp_path, folder / "below"):
+        shutil.copy(folder / "model.safetensors", place)
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InvalidInput, match=r"folder|checkpoint") as refused:
+        load_pretrained(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "wide"},
+        {"hidden_size": 0},
+        {"hidden_size": 10**30},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": -4},
+        {"num_hidden_layers": 10**9},
+        {"vocab_size": 10**18},
+        {"vocab_size": -1},
+        {"vocab_size": None},
+        {"max_position_embeddings": 0},
+        {"rms_norm_eps": "small"},
+        {"architectures": 3},
+        {"architectures": [["LlamaForCausalLM"]]},
+        {"architectures": []} | {"model_type": "llama", "hidden_act": "silu", "head_dim": 10**9},
+        {"model_type": ["llama"]},
+        {"model_type": "../llama"},
+        {"rope_parameters": {"rope_type": "yarn", "factor": "big"}},
+        {"rope_parameters": {"rope_type": "unheard of", "rope_theta": 1e4}},
+        {"rope_parameters": 3},
+        {"longattn": 3},
+        {"longattn": {"type": "log_n"}},
+        {"longattn": [3]},
+        {"longattn": [{"type": "log_n", "original_max_position": "x"}]},
+        {"longattn": [{"type": "self_extend", "group": 10**40, "window": 1}]},
+        {"longattn": "log_n"},
+    ],
+    ids=str,
+)
+def test_configs_that_are_damaged(change: dict[str, Any], tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InvalidInput) as refused:
+        load_pretrained(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "3", '"text"', "{", "[" * 100_000, '{"model_type": NaN}'])
+def test_configs_that_are_no_configs(text: str, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InvalidInput, match="folder"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x: x.int(), "of torch.int32"),
+        (lambda x: x * float("inf"), "is not finite"),
+        (lambda x: x.bfloat16().to(torch.float8_e5m2), "of torch.float8_e5m2"),
+        (lambda x: x[None], "of shape"),
+        (lambda x: x[:0], "of shape"),
+    ],
+)
+def test_weights_of_other_kinds(change: Any, says: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    llama().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {name: change(weights[name]).contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(InvalidInput, match=f"{name} {says}"):
         load_pretrained(tmp_path)
 
 

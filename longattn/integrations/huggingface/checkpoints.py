@@ -111,8 +111,11 @@ def load_pretrained(folder: str | Path, *, dtype: torch.dtype | None = None, arc
     return _model(architecture, config, _read_weights(folder), dtype)
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path, argument: str = "folder") -> PreTrainedConfig:
     """Return the config of a folder, without running code of the folder.
+
+    Args:
+        argument: the name of the caller's argument, for the error.
 
     Raises:
         InvalidInput: none, or one that transformers does not read.
@@ -120,8 +123,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
-        raise InvalidInput("folder", "a folder with a config.json", folder)
-    with readable("folder", "a folder with a config.json that transformers reads without running code", folder):
+        raise InvalidInput(argument, "a folder with a config.json", folder)
+    with readable(argument, "a folder with a config.json that transformers reads without running code", folder):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
