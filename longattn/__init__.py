@@ -70,19 +70,23 @@ _DEFINED_IN = {
     "mask": ("Mask",),
     "rope": ("Rope",),
 }
+_WITHOUT_TORCH = ("cli", "errors", "files")
 _MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
 
 if not TYPE_CHECKING:  # a type checker sees the names above, and no others
 
     def __getattr__(name: str) -> object:
         """Load a public name or a module of the package on first use."""
-        if name in _MODULE_OF:
-            value = getattr(importlib.import_module(f"longattn.{_MODULE_OF[name]}"), name)
-            globals()[name] = value
-            return value
-        if not name.startswith("_") and importlib.util.find_spec(f"longattn.{name}") is not None:
-            return importlib.import_module(f"longattn.{name}")
-        raise AttributeError(f"module 'longattn' has no attribute {name!r}")
+        module = _MODULE_OF.get(name, name)
+        if name.startswith("_") or importlib.util.find_spec(f"longattn.{module}") is None:
+            raise AttributeError(f"module 'longattn' has no attribute {name!r}")
+        if module not in _WITHOUT_TORCH:
+            importlib.import_module("torch")  # and the operators with it, before a module of ours is half imported
+        found = importlib.import_module(f"longattn.{module}")
+        if name not in _MODULE_OF:
+            return found
+        globals()[name] = value = getattr(found, name)
+        return value
 
     def __dir__() -> list[str]:
         """Return the names that are loaded, and the public ones that are not yet."""

@@ -42,7 +42,15 @@ class _Loader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
         sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+        if _is_half_imported():
+            return  # such as `import longattn.rope` in a process without torch: the operators come with the first call
         try:
             importlib.import_module(_OPERATORS)
         except Exception:  # not torch's fault: `import torch` succeeds, and the first use of longattn raises it again
             pass
+
+
+def _is_half_imported() -> bool:
+    """Whether a module of longattn is what imports torch, so that others could not import names from it yet."""
+    ours = [module for name, module in list(sys.modules.items()) if name.startswith("longattn.")]
+    return any(getattr(module.__spec__, "_initializing", False) for module in ours)

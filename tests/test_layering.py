@@ -200,7 +200,10 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert {name.split(".")[0] for name in run(program).split()} & (HEAVY | {"torch", "numpy"}) <= {"click"}
 
 
-@pytest.mark.parametrize("imports", ["import longattn\nimport torch", "import torch\nimport longattn"])
+@pytest.mark.parametrize(
+    "imports",
+    ["import longattn\nimport torch", "import torch\nimport longattn", "from longattn import Rope\nimport torch"],
+)
 def test_the_operators_exist_once_longattn_and_torch_are_imported(imports: str) -> None:
     program = (
         f"{imports}\n"
@@ -210,6 +213,18 @@ def test_the_operators_exist_once_longattn_and_torch_are_imported(imports: str) 
         "assert not any(type(finder).__module__.startswith('longattn') for finder in sys.meta_path)"
     )
     assert run(program).strip() == "longattn.attention.default"
+
+
+def test_modules_can_be_imported_first() -> None:
+    """Each is what imports torch, while it is half imported itself."""
+    for module in ("scaling", "ops"):
+        program = (
+            f"import longattn.{module}\n"
+            "import torch\n"
+            "q = torch.ones(1, 1, 2, 8)\n"
+            "print(longattn.attention(q, q, q).sum().item())"
+        )
+        assert run(program) == "16.0\n"
 
 
 def test_public_names_load_on_first_use() -> None:

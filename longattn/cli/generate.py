@@ -151,7 +151,7 @@ def _texts(prompts: Sequence[str], files: Sequence[Path]) -> list[str]:
     texts = []
     for text in asked:
         if text == "-":
-            text = _decoded(sys.stdin.buffer.read())
+            text = "" if sys.stdin is None else _decoded(sys.stdin.buffer.read())
             if not text and reads_input:
                 raise InvalidInput("PROMPTS", "at least one text, --file, or a text on standard input", "none")
         _check_text("PROMPTS", text)

@@ -417,6 +417,53 @@ def test_damaged_folders(damage: str, folder: Path) -> None:
         assert last.startswith(("Error: MODEL", "Error: folder")), refused.output
 
 
+def test_defaults_are_never_refused(ours: Path, text: Path, tmp_path: Path) -> None:
+    """Tasks, stride and context where the user names none of them: lengths below the usual stride, and no text."""
+    done("eval", ours, "--lengths", "300", "--depths", 1, "--out", tmp_path / "without")
+    results = json.loads((tmp_path / "without" / "results.json").read_text())
+    assert results["settings"]["plan"]["tasks"] == ["passkey", "speed"]
+
+    asked = ("--tasks", "perplexity,short_windows", "--text", text)
+    done("eval", ours, "--lengths", "100,120", *asked, "--out", tmp_path / "short")
+    plan = json.loads((tmp_path / "short" / "results.json").read_text())["settings"]["plan"]
+    assert (plan["stride"], plan["context"]) == (64, 64)  # the trained length
+    done("eval", ours, "--lengths", "40", "--tasks", "perplexity", "--text", text, "--out", tmp_path / "shorter")
+    plan = json.loads((tmp_path / "shorter" / "results.json").read_text())["settings"]["plan"]
+    assert plan["stride"] == 40
+
+
+def test_what_no_task_can_do_is_refused_before_anything_is_read(
+    ours: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longattn.evaluation.Evaluation.measure", None)
+    learned = Decoder(TransformerConfig(**{**SIZES, "positions": "learned"}))
+    table = tmp_path / "table.safetensors"
+    save_checkpoint(table, Checkpoint(learned.config, learned.state_dict()))
+    for model, options, message in (
+        (
+            ours,
+            ("--lengths", "300", "--tasks", "speed,cwe"),
+            "lengths: expected at least 5,307 tokens, for the question of",
+        ),
+        (ours, ("--lengths", "8k,100"), "for the question of passkey, got 100"),
+        (
+            ours,
+            ("--lengths", "300", "--tasks", "loss,passkey"),
+            "--text: expected a text of at least 301 tokens, for loss",
+        ),
+        (
+            ours,
+            ("--lengths", "40", "--tasks", "perplexity", "--text", text, "--stride", 41),
+            "at least the stride 41, got 40",
+        ),
+        (ours, ("--lengths", "1e400"), "--lengths: expected numbers of tokens"),
+        (table, ("--lengths", "60", "--tasks", "speed"), "64 positions, got tasks that take 76"),
+    ):
+        result = run("eval", model, *options, "--out", tmp_path / "out")
+        assert result.exit_code == 1 and message in result.stderr, result.output
+        assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
 def test_lengths() -> None:
     assert token_counts("--lengths", "8k,1m, 300 ,1.5k") == (8192, 1048576, 300, 1536)
     for bad in ("", "x", "-1", "0"):
