@@ -287,10 +287,11 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
 def _config(path: Path, header: dict[str, Any], elements: int) -> TransformerConfig:
     """Read the config of a file that holds so many numbers."""
     values = header["config"]
-    for name in _SIZES:
-        size = values.get(name)
-        if isinstance(size, int) and size > max(elements, _SMALL):
-            raise InvalidInput(f"checkpoint's {name}", f"a size of weights in the file ({elements:,} numbers)", size)
+    for name, value in values.items():
+        if name in _SIZES and isinstance(value, int) and value > max(elements, _SMALL):
+            raise InvalidInput(f"checkpoint's {name}", f"a size of weights in the file ({elements:,} numbers)", value)
+        if isinstance(value, int) and abs(value) >= 2**53:
+            raise InvalidInput(f"checkpoint's {name}", "a number below 2^53", f"one of {value.bit_length()} bits")
     try:
         return TransformerConfig.from_dict(values)
     except InvalidInput:

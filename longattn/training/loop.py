@@ -378,7 +378,10 @@ def _restore(
     """
     for name, ours, theirs in (
         ("config", model.config.to_dict(), saved.config.to_dict()),
-        *((name, settings.get(name), saved.settings.get(name)) for name in settings.keys() | saved.settings.keys()),
+        *(
+            (name, settings.get(name), saved.settings.get(name))
+            for name in sorted(settings.keys() | saved.settings.keys())
+        ),
     ):
         if ours != theirs:
             raise InvalidInput(f"checkpoint's {name}", _different(ours, theirs), _different(theirs, ours))

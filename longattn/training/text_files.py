@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,14 @@ def check_same_texts(argument: str, before: dict[str, str], now: dict[str, str])
         "gone": sorted(before.keys() - now.keys()),
         "changed": sorted(name for name in before.keys() & now.keys() if before[name] != now[name]),
     }
-    got = "; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in changes.items() if names)
+    folders = {Path(name).parent for name in (*before, *now)}
+    is_comparable = len({folder.is_absolute() for folder in folders}) == 1
+    root = Path(os.path.commonpath(folders)) if is_comparable else Path()
+    got = "; ".join(
+        f"{len(names)} {what}: {_listed([os.path.relpath(name, root) for name in names])}"
+        for what, names in changes.items()
+        if names
+    )
     raise InvalidInput(argument, "the texts that it was started with", got)
 
 

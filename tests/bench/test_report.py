@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from longattn import InvalidInput
 from longattn.bench import Machine, Report, Result, plot
 from longattn.bench.cases import AttentionCase, Case, RopeCase
 
@@ -90,6 +92,40 @@ def test_json_holds_what_was_measured_and_what_follows(report: Report, tmp_path:
     assert absent["refused"] == "is not installed"
     assert "median_seconds" not in absent
     assert Report.read(path) == report
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda values: "{",
+        lambda values: "[" * 100_000,
+        lambda values: "[]",
+        lambda values: json.dumps({**values, "results": 7}),
+        lambda values: json.dumps({**values, "machine": {}}),
+        *(
+            lambda values, name=name, value=value: json.dumps(
+                {**values, "results": [{**values["results"][0], name: value}]}
+            )
+            for name, value in (
+                ("seconds", ["x"]),
+                ("seconds", [0.0]),
+                ("seconds", [float("nan")]),
+                ("case", {"kind": "other"}),
+                ("case", []),
+                ("role", "boss"),
+                ("contender", 7),
+                ("memory_bytes", "x"),
+                ("difference", []),
+            )
+        ),
+    ],
+)
+def test_damaged_reports_are_refused(report: Report, tmp_path: Path, damage: Any) -> None:
+    path = tmp_path / "bench.json"
+    report.write(path)
+    path.write_text(damage(json.loads(path.read_text())))
+    with pytest.raises(InvalidInput, match="report"):
+        Report.read(path)
 
 
 @pytest.mark.parametrize(("load", "disturbed"), [(None, False), (0.4, False), (3.0, True)])

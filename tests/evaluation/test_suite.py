@@ -233,3 +233,48 @@ def test_the_search_for_longrope_finds_divisors_that_fit() -> None:
             search_longrope(loss, rope, 4.0, 64, **bad)
     with pytest.raises(InvalidInput, match="factor"):
         search_longrope(loss, rope, 1.0, 64)
+
+
+CELL = {"task": "passkey", "length": 8, "number": 1, "depth": 0.25, "recall": 1.0, "characters": 0.5, "seconds": 2.0}
+READ = {"task": "loss", "length": 8, "number": 0, "depth": 0.0, "losses": [1.0, 2], "seconds": 1, "peak_bytes": None}
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", "{}", '{"settings": {}}', '{"settings": [], "cells": []}'])
+def test_other_files_are_not_results(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(InvalidInput, match="results"):
+        Results.load(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        7,
+        *({key: value for key, value in CELL.items() if key != name} for name in CELL),
+        *({**CELL, name: value} for name in CELL for value in ("x", [], None, True, {"a": 1})),
+        {**CELL, "length": 0},
+        {**CELL, "length": 10**30},
+        {**CELL, "depth": float("nan")},
+        {**CELL, "depth": 2.0},
+        {**CELL, "seconds": 10**400},
+        *({**READ, "losses": losses} for losses in (None, [], 1.0, ["x"], [[1.0]])),
+        {**READ, "peak_bytes": "x"},
+    ],
+)
+def test_damaged_cells_are_refused(tmp_path: Path, cell: Any) -> None:
+    (tmp_path / "r.json").write_text(json.dumps({"settings": {}, "cells": [READ, cell]}))
+    with pytest.raises(InvalidInput, match="results"):
+        Results.load(tmp_path / "r.json")
+
+
+def test_cells_of_another_evaluation_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps({"settings": {}, "cells": [READ, READ]}))
+    with pytest.raises(InvalidInput, match="each cell once"):
+        Results.load(tmp_path / "r.json")
+
+
+def test_what_was_measured_may_be_infinite(tmp_path: Path) -> None:
+    cell = {"task": "perplexity", "length": 8, "number": 0, "depth": 0.0, "loss": 1e6, "seconds": 1.0}
+    (tmp_path / "r.json").write_text(json.dumps({"settings": {}, "cells": [cell, {**READ, "losses": [math.inf]}]}))
+    found = summary(Results.load(tmp_path / "r.json"))
+    assert found["perplexity"][0]["perplexity"] == math.inf and found["loss"][0]["losses"] == [math.inf]

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from longattn import InvalidInput
 from longattn.models import Decoder, TransformerConfig
-from longattn.training import ByteCorpus, RandomWindows, TrainingConfig, load_checkpoint, load_model
+from longattn.training import (
+    ByteCorpus,
+    Checkpoint,
+    RandomWindows,
+    TrainingConfig,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
 from longattn.training import train as run_training
 
 MODEL = TransformerConfig(dim=32, layers=2, heads=2, kv_heads=1, max_length=16)
@@ -262,3 +270,130 @@ def test_settings_out_of_range_are_refused(name: str, value: Any) -> None:
 
 def test_settings_are_plain_values() -> None:
     assert TrainingConfig(**asdict(TEN_STEPS)) == TEN_STEPS
+
+
+def _moment(name: str, change: Any) -> Any:
+    def damage(saved: Checkpoint) -> Checkpoint:
+        key = f"blocks.0.attention.q_proj.weight.{name}"
+        state = {**saved.optimizer, key: change(saved.optimizer[key])}
+        return replace(saved, optimizer={name: value for name, value in state.items() if value is not None})
+
+    return damage
+
+
+DAMAGES: dict[str, Any] = {
+    "shape of a moment": _moment("exp_avg", lambda x: torch.zeros(1)),
+    "transposed moment": _moment("exp_avg_sq", lambda x: x.flatten()),
+    "dtype of a moment": _moment("exp_avg", lambda x: x.double()),
+    "NaN in a moment": _moment("exp_avg", lambda x: x * torch.nan),
+    "negative second moment": _moment("exp_avg_sq", lambda x: -1 - x),
+    "missing moment": _moment("exp_avg", lambda x: None),
+    "step of many": _moment("step", lambda x: x.expand(3)),
+    "infinite step": _moment("step", lambda x: x * torch.inf),
+    "no optimiser": lambda saved: replace(saved, optimizer={}),
+    "state of no weight": lambda saved: replace(saved, optimizer={**saved.optimizer, "x.step": torch.tensor(1.0)}),
+    "no generator": lambda saved: replace(saved, rng=None),
+    "short generator": lambda saved: replace(saved, rng=saved.rng[:7]),
+    "dtype of the generator": lambda saved: replace(saved, rng=saved.rng.float()),
+    "garbage generator": lambda saved: replace(saved, rng=torch.full_like(saved.rng, 255)),
+    "no step": lambda saved: replace(saved, progress={"elapsed": 1.0}),
+    "negative step": lambda saved: replace(saved, progress={**saved.progress, "step": -1}),
+    "huge step": lambda saved: replace(saved, progress={**saved.progress, "step": 10**30}),
+    "true step": lambda saved: replace(saved, progress={**saved.progress, "step": True}),
+    "NaN seconds": lambda saved: replace(saved, progress={**saved.progress, "elapsed": float("nan")}),
+    "settings": lambda saved: replace(saved, settings={"training": 1}),
+    "NaN in a weight": lambda saved: replace(
+        saved, model={**saved.model, "norm.weight": saved.model["norm.weight"] * torch.nan}
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def resumable(tmp_path_factory: pytest.TempPathFactory) -> tuple[RandomWindows, Checkpoint]:
+    folder = tmp_path_factory.mktemp("resumable")
+    (folder / "text").write_bytes(b"The quick brown fox jumps over the lazy dog. " * 20)
+    windows = RandomWindows(ByteCorpus([folder / "text"]), batch_size=4, length=16)
+    train(model(), windows, TEN_STEPS, checkpoint=folder / "m")
+    return windows, load_checkpoint(folder / "m")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_state_is_refused_before_it_is_used(
+    resumable: tuple[RandomWindows, Checkpoint], tmp_path: Path, damage: str
+) -> None:
+    windows, whole = resumable
+    path = tmp_path / "m"
+    save_checkpoint(path, DAMAGES[damage](replace(whole, progress={**whole.progress, "step": 4})))
+    before, ours = path.read_bytes(), model()
+    weights, rng = {name: weight.clone() for name, weight in ours.state_dict().items()}, torch.get_rng_state()
+    with pytest.raises(InvalidInput, match="checkpoint"):
+        train(ours, windows, TEN_STEPS, checkpoint=path, resume=True)
+    assert all(torch.equal(weight, weights[name]) for name, weight in ours.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_in_a_step_saves_the_steps_before_it(batches: RandomWindows, tmp_path: Path) -> None:
+    def dropping() -> Decoder:
+        torch.manual_seed(1)
+        return Decoder(replace(MODEL, dropout=0.2))
+
+    whole = train(dropping(), batches, TEN_STEPS)
+
+    class Failing:
+        """The model's own loss; it draws from the generator, and then fails."""
+
+        def __init__(self, model: Decoder, fails: int | None) -> None:
+            self.model, self.fails = model, fails
+
+        def __call__(self, **inputs: Tensor) -> Tensor:
+            self.fails = None if self.fails is None else self.fails - 1
+            loss = self.model.loss(**inputs)
+            if self.fails == -1:
+                raise MemoryError("no room")
+            return loss
+
+        def describe(self) -> dict[str, Any]:
+            return {}
+
+    path, ours = tmp_path / "m", dropping()
+    with pytest.raises(MemoryError):
+        train(ours, batches, TEN_STEPS, loss=Failing(ours, 6), checkpoint=path)
+    assert load_checkpoint(path).progress["step"] == 6
+    rest = dropping()
+    assert (
+        train(rest, batches, TEN_STEPS, loss=Failing(rest, None), checkpoint=path, resume=True).losses
+        == (whole.losses[6:])
+    )
+
+
+def test_what_is_not_finite_is_not_saved(batches: RandomWindows, tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    with pytest.raises(FloatingPointError, match="not finite"):  # the only step overflows the weights
+        train(model(), batches, replace(TEN_STEPS, steps=1, warmup=0, learning_rate=1e38), checkpoint=path)
+    assert list(tmp_path.glob("*m*")) == []
+
+
+def test_a_failed_save_is_noted_beside_the_error_of_a_step(
+    batches: RandomWindows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(RandomWindows):
+        def batch(self, step: int) -> Tensor:
+            if step == 3:
+                raise ConnectionError("the text is gone")
+            return super().batch(step)
+
+    def full(*arguments: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("longattn.training.loop.save_checkpoint", full)
+    with pytest.raises(ConnectionError) as error:
+        train(model(), Failing(batches.corpus, batch_size=4, length=16), TEN_STEPS, checkpoint=tmp_path / "m")
+    assert error.value.__notes__ == ["The 3 steps since the last save are lost: no space left"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_first(batches: RandomWindows, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "m"):
+        with pytest.raises(InvalidInput, match="checkpoint"):
+            train(model(), batches, TEN_STEPS, checkpoint=path)
