@@ -17,6 +17,7 @@ from longattn import arguments
 from longattn.arguments import Positions, Window
 from longattn.backends import eager
 from longattn.backends.base import Gradients
+from longattn.forked import on_one_thread
 from longattn.problem import Problem, Tensors, check_places
 from longattn.redirection import refuse_elsewhere
 from longattn.rope import Rope
@@ -35,6 +36,7 @@ class AttentionStats(NamedTuple):
     top_weights: Tensor  # [B, Hq, Nq, top_k]: their weights, 0 where there is no key; without gradient
 
 
+@on_one_thread
 def attention_rows(
     q: Tensor,
     k: Tensor,
@@ -96,6 +98,7 @@ def attention_rows(
     return eager.Tile(part, chosen, [slice(0, problem.nk)]).weights
 
 
+@on_one_thread
 def attention_stats(
     q: Tensor,
     k: Tensor,
@@ -202,6 +205,7 @@ class _Stats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @on_one_thread
     def backward(ctx: Any, dmass: Tensor, dentropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         lse, *args = ctx.saved_tensors
         tensors, problem = Tensors(*args), ctx.problem
