@@ -13,6 +13,7 @@ from longattn import arguments, dtensors, ops, redirection, tracing
 from longattn.arguments import Positions, Window
 from longattn.backends import registry
 from longattn.explanation import Explanation, explanation
+from longattn.forked import on_one_thread
 from longattn.problem import Problem, Tensors
 from longattn.rope import Rope
 from longattn.tracing import leaf
@@ -213,6 +214,7 @@ def _run(tensors: Tensors, problem: Problem, backend: str) -> tuple[Tensor, Tens
 
 
 @leaf
+@on_one_thread
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The attention over the union of disjoint key sets, from the attention over each: exact and differentiable.
 

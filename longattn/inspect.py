@@ -17,6 +17,7 @@ from longattn import arguments
 from longattn.arguments import Positions, Window
 from longattn.backends import eager
 from longattn.backends.base import Gradients
+from longattn.forked import on_one_thread
 from longattn.problem import Problem, Tensors, check_places
 from longattn.redirection import refuse_elsewhere
 from longattn.rope import Rope
@@ -37,6 +38,7 @@ class AttentionStats(NamedTuple):
 
 
 @leaf
+@on_one_thread
 def attention_rows(
     q: Tensor,
     k: Tensor,
@@ -99,6 +101,7 @@ def attention_rows(
 
 
 @leaf
+@on_one_thread
 def attention_stats(
     q: Tensor,
     k: Tensor,
@@ -205,6 +208,7 @@ class _Stats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @on_one_thread
     def backward(ctx: Any, dmass: Tensor, dentropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         lse, *args = ctx.saved_tensors
         tensors, problem = Tensors(*args), ctx.problem

@@ -178,3 +178,22 @@ def test_bad_input(case: str) -> None:
 def test_every_small_size() -> None:
     for heads, n, width in itertools.product(range(3), range(4), range(2, 6)):
         check(torch.randn(1, heads, n, width), Rope(2), None, "auto")
+
+
+@pytest.mark.parametrize("backend", backend_names())
+def test_what_the_backward_reads_is_saved(backend: str) -> None:
+    """Positions changed in place are noticed, and hooks on saved tensors see them."""
+    x, positions = torch.randn(1, 2, 9, 8, requires_grad=True), torch.arange(9.0)
+    seen: list[tuple[int, ...]] = []
+
+    def pack(saved: Tensor) -> Tensor:
+        seen.append(tuple(saved.shape))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        longattn.apply_rope(x, Rope(8), positions, backend=backend)
+    assert seen == [(4,), (9,)]
+    out = longattn.apply_rope(x, Rope(8), positions, backend=backend)
+    positions.add_(3.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out.sum(), x)

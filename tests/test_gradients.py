@@ -254,3 +254,28 @@ def test_gradients_of_lse_stop_at_rows_that_see_nothing(backend: str) -> None:
     dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), dlse))
     assert not dq[:, :, :3].any()
     assert dq[:, :, 3:].isfinite().all() and dk.isfinite().all() and dv.isfinite().all()
+
+
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -1e30])
+@pytest.mark.parametrize("queries", [3, 70])
+@pytest.mark.parametrize("backend", [name for name in ("cpu", "reference") if name in registry._BY_NAME])
+def test_a_row_hidden_by_a_finite_bias(backend: str, queries: int, low: float) -> None:
+    """Its weights are 1 / n, and so are those of the gradients, though lse has no digits left for n."""
+    q, k, v = random_qkv(2, (4, 2), (queries, 140), 16)
+    bias = torch.zeros(2, 1, queries, 140)
+    bias[:, :, 1] = low
+    require(backend, q, k, v, bias=bias)
+    dout = torch.randn(2, 4, queries, 16)
+
+    def gradients(dtype: torch.dtype, attend: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, bias)]
+        out = attend(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, dout.to(dtype))]
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        return torch.softmax(q @ k.mT / 4.0 + bias, -1) @ v
+
+    got = gradients(torch.float32, lambda *x: longattn.attention(*x[:3], bias=x[3], backend=backend))
+    for name, found, exact in zip(("out", "q", "k", "v", "bias"), got, gradients(F64, dense), strict=True):
+        assert (found - exact).abs().max() < 1e-5, name

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import longattn
 from helpers import check_attention, random_packed, random_qkv, run
@@ -402,6 +403,39 @@ def test_bad_angle_parameters(name: str, value: Any) -> None:
         cpu.native().angles(params)
 
 
+# ---- How sums are rounded. ----
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("width", [160, 192, 256])
+def test_wide_heads_round_as_pytorch_does(width: int, causal: bool) -> None:
+    """The mean error against float64 over 20 inputs, next to that of PyTorch's fused kernel."""
+    ours = theirs = 0.0
+    for _ in range(20):
+        q, k, v = random_qkv(1, (1, 1), (512, 512), width)
+        exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal)
+        ours += (longattn.attention(q, k, v, causal=causal, backend="cpu") - exact).abs().mean().item()
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        theirs += (out - exact).abs().mean().item()
+    assert ours <= 1.1 * theirs
+
+
+@pytest.mark.parametrize("heads, queries", [((8, 1), 1), ((8, 1), 2), ((1, 1), 5), ((3, 1), 86), ((2, 1), 130)])
+def test_the_backward_computes_weights_that_sum_to_1(heads: tuple[int, int], queries: int) -> None:
+    """Each row of dout marks a column of its own, in which dv then holds the row's weights."""
+    q, k, v = random_qkv(1, heads, (queries, 128), 192)
+    v.requires_grad_()
+    out = longattn.attention(q, k, v, scale=1.0, backend="cpu")
+    rows = heads[0] * queries
+    last = torch.arange(max(0, rows - 192), rows)  # those of the last tile among them
+    dout = torch.zeros(queries * heads[0], 192)  # by query, then by head
+    dout[last, torch.arange(len(last))] = 1.0
+    dout = dout.view(1, queries, heads[0], 192).transpose(1, 2)
+    (dv,) = torch.autograd.grad(out, v, dout)
+    assert (dv[0, 0].double().sum(0)[: len(last)] - 1.0).abs().max() < 4e-6
+
+
 # ---- Processes. ----
 
 # Each function runs in a fork of a process that has loaded the library and not used it.
@@ -458,6 +492,59 @@ def memory_is_linear():  # a row block of scores fits, the matrix takes 1.1 GB
     risen = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return risen < 100 * 1024  # KiB
 
+def forks_of_threads_that_torch_used_compute():
+    torch.set_num_threads(2)
+    shape = 1, 4, 160, 64  # PyTorch cuts what has more than 32768 numbers
+    q, k, v, g = (torch.randn(shape) for _ in range(4))
+    qkv = [x.clone().requires_grad_() for x in (q, k, v)]
+    bias = torch.randn(1, 1, 160, 160, requires_grad=True)
+    slopes, sinks = (torch.rand(4, requires_grad=True) for _ in range(2))
+    packed = [x[0].transpose(0, 1).contiguous().requires_grad_() for x in (q, k, v)]
+    dout = torch.randn(160, 4, 64)
+    starts = torch.tensor([0, 70, 160])
+    rope, positions = longattn.Rope(64), torch.arange(40000)
+
+    def gradients(*parameters, **keywords):
+        out = longattn.attention(*qkv, backend="cpu", **keywords)
+        return torch.autograd.grad(out, [*qkv, *parameters], g)
+
+    def cached(cache):
+        with torch.no_grad():
+            first = longattn.attention_with_cache(q, k, v, cache, rope=rope)
+            cache.reorder([0])
+            return first, longattn.attention_with_cache(q, k, v, cache, rope=rope)
+
+    def work():
+        strided = [x.mT.contiguous().mT for x in (q, k, v)]
+        out, lse = longattn.attention(*qkv, return_lse=True)
+        dq = torch.autograd.grad(longattn.attention(*qkv, causal=True), qkv[0], g.requires_grad_(), create_graph=True)
+        return [
+            *gradients(causal=True),
+            *gradients(key_lens=torch.tensor([100]), dropout_p=0.2, seed=1),
+            *gradients(bias, slopes, sinks, bias=bias, alibi_slopes=slopes, sink_logits=sinks, rope=rope),
+            *torch.autograd.grad(lse, qkv, torch.ones(1, 4, 160)),
+            *torch.autograd.grad(dq, qkv, q),
+            *torch.autograd.grad(
+                longattn.attention_varlen(*packed, starts, starts, 90, 90, causal=True, rope=rope), packed, dout
+            ),
+            longattn.attention(*strided),
+            longattn.apply_rope(q[:, :1, :1].expand(1, 1, 40000, 64), rope, positions),
+            *longattn.attention_stats(q, k)[:2],
+            longattn.merge_attention([q, k], [lse.detach(), lse.detach()])[0],
+            *cached(longattn.KVCache(1, 4, 64)),
+            *cached(longattn.SlidingKVCache(1, 4, 64, window=100)),
+        ]
+
+    def again():
+        import signal
+
+        signal.alarm(200)
+        return all(torch.allclose(x, y, 1e-4, 1e-5) for x, y in zip(work(), expected, strict=True))
+
+    expected = work()
+    torch.sin(torch.randn(1 << 20))  # in both threads
+    return in_a_fork(again)
+
 def torch_lends_its_threads():
     torch.set_num_threads(2)
     x = torch.randn(256, 256)
@@ -487,6 +574,7 @@ def scenarios(*names: str) -> str:
 def test_processes() -> None:
     names = [
         "forks_compute",
+        "forks_of_threads_that_torch_used_compute",
         "forks_of_an_unused_library_compute",
         "multiprocessing_workers_compute",
         "an_unknown_instruction_set_is_refused",
