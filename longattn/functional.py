@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from longattn import arguments, dtensors, ops, redirection, tracing
+from longattn import arguments, dtensors, onnx_export, ops, redirection, tracing
 from longattn.arguments import Positions, Window
 from longattn.backends import registry
 from longattn.explanation import Explanation, explanation
@@ -112,6 +112,8 @@ def attention(
         deterministic=deterministic,
     )
     arguments.flag("return_lse", return_lse)
+    if return_lse:
+        onnx_export.refuse_lse()
     out, lse = _run(tensors, problem, backend)
     return (out, lse) if return_lse else out
 
@@ -197,6 +199,8 @@ def attention_varlen(
         deterministic=deterministic,
     )
     arguments.flag("return_lse", return_lse)
+    if return_lse:
+        onnx_export.refuse_lse()
     out, lse = _run(tensors, problem, backend)
     out = out.squeeze(0).transpose(0, 1)  # indexing would copy the gradient
     return (out, lse.squeeze(0)) if return_lse else out

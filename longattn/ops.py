@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from longattn import batching, flops, operands
+from longattn import batching, flops, onnx_export, operands
 from longattn.backends import eager, registry
 from longattn.backends.base import Gradients
 from longattn.errors import InvalidInput, Unsupported
@@ -102,6 +102,8 @@ def attention(tensors: Tensors, problem: Problem, backend: str) -> tuple[Tensor,
     if _is_kernel(*tensors):
         _check_memory(_REQUIRED, tensors)  # `arguments` looks at all others
         return _forward(tensors, problem, backend)
+    if onnx_export.exporting():
+        return onnx_export.attention(tensors, problem)
     _offer_formulas()
     out, lse = torch.ops.longattn.attention.default(*tensors, *_scalars(problem, backend))
     return out, lse
@@ -179,6 +181,7 @@ def cache_append(tensors: CacheTensors, slots: Slots, problem: Problem, backend:
     """Write the new keys and values into the cache, on the named backend."""
     if _is_kernel(*tensors, *slots):
         return _append(tensors, slots, problem, backend)
+    onnx_export.refuse("cache.append")
     torch.ops.longattn.cache_append.default(*tensors, *slots, backend, *_cache_scalars(problem))
 
 
@@ -186,6 +189,7 @@ def attention_with_cache(tensors: CacheTensors, slots: Slots, problem: Problem, 
     """`cache_append`, then (out [B, Hq, Nq, Dv], lse [B, Hq, Nq])."""
     if _is_kernel(*tensors, *slots):
         return _decode(tensors, slots, problem, backend)
+    onnx_export.refuse("attention_with_cache")
     _offer_formulas()
     out, lse = torch.ops.longattn.attention_with_cache.default(*tensors, *slots, backend, *_cache_scalars(problem))
     return out, lse
@@ -235,6 +239,8 @@ def rope(x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, interlea
     if _is_kernel(x, inv_freq, positions):
         _check_memory(("x",), (x,))
         return _rotate(x, inv_freq, positions, factor, interleaved, False, backend)
+    if onnx_export.exporting():
+        return onnx_export.rotate(x, inv_freq, positions, factor, interleaved)
     return torch.ops.longattn.rope.default(x, inv_freq, positions, factor, interleaved, False, backend)
 
 

@@ -27,7 +27,7 @@ LAYERS = (
     ("arguments", "explanation", "redirection"),
     ("ops",),
     ("operands",),
-    ("backends.registry", "batching", "dtensors", "flops"),
+    ("backends.registry", "batching", "dtensors", "flops", "onnx_export"),
     ("backends.cpu", "backends.cuda", "backends.triton", "backends.reference"),
     ("backends.eager_cache",),
     ("backends.eager",),

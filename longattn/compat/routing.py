@@ -49,7 +49,7 @@ class use(TorchFunctionMode, ContextDecorator):
     and with it torch.nn.MultiheadAttention (need_weights=False), torch.nn.Transformer's layers and Hugging Face models
     with attn_implementation="sdpa". PyTorch's fused inference paths of torch.nn.TransformerEncoderLayer and
     torch.nn.MultiheadAttention step aside. Blocks may be nested; other threads do not notice. It composes with
-    torch.compile.
+    torch.compile. Functions compiled by torch.jit.script call PyTorch's attention from C++ and are out of reach.
 
     The backward runs outside of every such block, by PyTorch's design, and activation checkpointing computes attention
     again there. Give torch.utils.checkpoint.checkpoint `use_reentrant=False, context_fn=lambda: (use(), use())`.
