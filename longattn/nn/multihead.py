@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.init import constant_, xavier_normal_, xavier_uniform_
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from longattn.arguments import Window
 from longattn.errors import InvalidInput
 from longattn.functional import attention
 from longattn.mask import Mask
 from longattn.nn.checks import check_dropout, check_positive_int, check_structure
+from longattn.problem import readable
 from longattn.rope import Rope
 from longattn.tracing import leaf_module
+
+# The default of need_weights: PyTorch's True by value, and by its type not what a caller passes.
+_NOT_PASSED: Any = 1
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -27,8 +33,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     - A query that sees no key gives zeros (then out_proj.bias), where PyTorch may give NaN.
     - is_causal=True needs no attn_mask. With one, it is the promise that attn_mask is the causal mask, as in PyTorch.
-    - Inference runs this forward, too: the fused paths of torch.nn.TransformerEncoderLayer and TransformerEncoder,
-      which would read the weights and pass the module by, are refused. Nested tensors are InvalidInput.
+    - Inference runs this forward, too: a hook that does nothing keeps torch.nn.TransformerEncoderLayer from its fused
+      path, which would read the weights and pass the module by. A nested tensor is accepted in the one case that
+      torch.nn.TransformerEncoder makes: self-attention of a batch first, without masks or weights.
     - Bad arguments are InvalidInput (a ValueError), where PyTorch has AssertionError and RuntimeError.
 
     Args:
@@ -46,6 +53,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     window: Window
     sinks: int
     rope: Rope | None
+    weights_by_default: bool = True  # what a call that does not pass need_weights returns
+    _warns_as: str | None = None  # the name to warn under at the next call that makes dense weights
 
     def __init__(
         self,
@@ -82,9 +91,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         self.window = window
         self.sinks = sinks
         self.rope = rope
-        # The fused inference paths of torch.nn ask for this flag, here and in TransformerEncoder's constructor, before
-        # they bypass forward. We look at in_proj_weight itself to know whether the weights are packed.
-        self._qkv_same_embed_dim = False
+        self._stay_on_forward()
+
+    def _stay_on_forward(self) -> None:
+        """Keep torch.nn.TransformerEncoderLayer from its fused path, which bypasses forward: it looks for hooks."""
+        if _do_nothing not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(_do_nothing)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._qkv_same_embed_dim = self.in_proj_weight is not None  # False in files of version 0.1.0
+        self._stay_on_forward()
 
     def _reset_parameters(self) -> None:
         """torch.nn.MultiheadAttention's initialisation, draw for draw."""
@@ -105,7 +122,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         key: Tensor,
         value: Tensor,
         key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
+        need_weights: bool = _NOT_PASSED,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
@@ -116,7 +133,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             query: [L, B, embed_dim], [B, L, embed_dim] if batch_first, or unbatched [L, embed_dim].
             key, value: [S, B, kdim] and [S, B, vdim], or in the layout of query.
             key_padding_mask: [B, S] ([S] if unbatched), bool (True = hidden) or floating (added to the scores).
-            need_weights: return the weights. False: return None in their place, in linear memory.
+            need_weights: return the weights, a dense matrix. False: return None in their place, in linear memory. True
+                by default, as in PyTorch, unless `replace_attention(..., need_weights=False)` made the module.
             attn_mask: [L, S] or [B * num_heads, L, S], bool (True = hidden) or floating (added to the scores).
             average_attn_weights: the mean of the weights over the heads.
             is_causal: query i sees keys 0..i. Takes the place of attn_mask where PyTorch lets it.
@@ -128,6 +146,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Raises:
             InvalidInput: a tensor whose shape, dtype or layout does not fit.
         """
+        if type(need_weights) is not bool:
+            need_weights = self.weights_by_default if need_weights is _NOT_PASSED else bool(need_weights)
+            unasked = need_weights
+        else:
+            unasked = need_weights and not self.weights_by_default
+        if unasked and self._warns_as is not None and not torch.compiler.is_compiling():
+            self._warn_of_weights()
+        if isinstance(query, Tensor) and query.is_nested and query is key and key is value:
+            plain = self.batch_first and not need_weights and key_padding_mask is None and attn_mask is None
+            if plain and query.layout == torch.strided and not torch.is_grad_enabled():
+                return self._attend_nested(query, is_causal), None
         batched = self._check_inputs(query, key, value, key_padding_mask, attn_mask)
         appends = self.bias_k is not None or self.add_zero_attn
         if is_causal and attn_mask is None and appends:
@@ -166,7 +195,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 dropout_p=dropout_p,
             )
             assert isinstance(out, Tensor)
-            return self.out_proj(self._join_heads(out, batched)), None
+            return self._project_out(self._join_heads(out, batched)), None
 
         if self.rope is not None:
             q, k = (self.rope.rotate(x, torch.arange(x.shape[2], device=x.device), k.shape[2]) for x in (q, k))
@@ -174,20 +203,44 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out, weights = _dense_attention(q, k, v, mask, key_mask, bias, dropout_p)
         if average_attn_weights:
             weights = weights.mean(1)
-        return self.out_proj(self._join_heads(out, batched)), weights if batched else weights[0]
+        return self._project_out(self._join_heads(out, batched)), weights if batched else weights[0]
+
+    def _warn_of_weights(self) -> None:
+        """Warn, once, that a call of a replaced module makes the weights although nobody is known to want them."""
+        name, self._warns_as = self._warns_as, None
+        remedy = "pass need_weights=False to the call" + (" or to replace_attention" if self.weights_by_default else "")
+        text = f"{name} stays dense: it returns a matrix of weights, queries x keys ({remedy} where it is not used)"
+        warnings.warn(text, stacklevel=3)
+
+    def _attend_nested(self, x: Tensor, is_causal: bool) -> Tensor:
+        """Self-attention of sequences of different lengths, a nested tensor as torch.nn.TransformerEncoder makes it."""
+        lengths = [len(sequence) for sequence in x.unbind()]
+        padded = x.to_padded_tensor(0.0)
+        hidden = torch.arange(padded.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]
+        out, _ = self.forward(padded, padded, padded, hidden, False, is_causal=is_causal)
+        return torch.nested.as_nested_tensor([row[:length] for row, length in zip(out, lengths, strict=True)])
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, {self.num_heads}, window={self.window}, sinks={self.sinks}, rope={self.rope}"
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """q, k and v, each [..., embed_dim]; one product if all three come from one tensor."""
-        weight, bias = self.in_proj_weight, self.in_proj_bias
+        weight: Tensor | None = self.in_proj_weight
+        bias: Tensor | None = self.in_proj_bias
+        if bias is not None and bias.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+            bias = bias.to(query.dtype)
         if weight is not None and query is key and key is value:
             return F.linear(query, weight, bias).chunk(3, -1)
         separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         weights: Any = separate if weight is None else weight.chunk(3)
         biases: Any = (None, None, None) if bias is None else bias.chunk(3)
         return tuple(F.linear(*terms) for terms in zip((query, key, value), weights, biases, strict=True))
+
+    def _project_out(self, x: Tensor) -> Tensor:
+        bias = self.out_proj.bias if type(self.out_proj) is NonDynamicallyQuantizableLinear else None
+        if bias is None or bias.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+            return self.out_proj(x)
+        return F.linear(x, self.out_proj.weight, bias.to(x.dtype))
 
     def _split_heads(self, x: Tensor, batched: bool) -> Tensor:
         """[..., embed_dim] in the caller's layout -> [B, num_heads, N, head_dim], a view."""
@@ -241,6 +294,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return batched
 
 
+def _do_nothing(module: torch.nn.Module, args: Any) -> None:
+    """Be a hook."""
+
+
 def check_options(module: torch.nn.MultiheadAttention, window: Window, sinks: int, rope: Rope | None) -> None:
     """Raise InvalidInput unless a module of these sizes can run with these options."""
     check_dropout(module.dropout)
@@ -290,7 +347,7 @@ def _only_hides(mask: Tensor) -> bool:
     A hidden key costs nothing, a bias is added to every score. Not asked where to read the values would break the graph
     or wait for the device, nor of a mask that learns.
     """
-    if mask.device.type != "cpu" or mask.requires_grad or torch.compiler.is_compiling():
+    if mask.device.type != "cpu" or mask.requires_grad or not readable(mask):
         return False
     return bool(((mask == 0) | (mask == -torch.inf)).all())
 

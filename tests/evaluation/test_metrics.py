@@ -78,3 +78,22 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(ImportError, match=r"needs sacrebleu: pip install longattn\[metrics\]"):
         bleu(["a"], ["a"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("argument", ["queries", "keys"])
+def test_embeddings_that_are_not_finite_are_refused(argument: str, value: float) -> None:
+    rows = {"queries": torch.randn(3, 4), "keys": torch.randn(3, 4)}
+    rows[argument][1] = value
+    with pytest.raises(InvalidInput, match=f"{argument}.*row 1"):
+        retrieval_accuracy(**rows)
+
+
+def test_labels_are_whole_numbers() -> None:
+    pytest.importorskip("sklearn")
+    assert accuracy(torch.tensor([1.0, -100.0]), torch.tensor([1.0, float("nan")])) == 1.0
+    for bad in (float("nan"), float("inf"), 0.5):
+        with pytest.raises(InvalidInput, match="predictions"):
+            accuracy([1, 0], [1.0, bad])
+        with pytest.raises(InvalidInput, match="labels"):
+            f1([1.0, bad], [1, 0])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from longattn import InvalidInput
 from longattn.models import (
@@ -192,3 +193,83 @@ def test_bad_arguments_of_other_losses(argument: str, call: Any) -> None:
     with pytest.raises(InvalidInput) as error:
         call(torch.randn(3, 4))
     assert error.value.argument == argument
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("called", [False, True])
+def test_what_is_left_out_need_not_be_finite(called: bool, reduction: str, value: float) -> None:
+    head = torch.nn.Linear(8, 11)
+    if called:
+        head.register_forward_hook(lambda *_: None)
+    targets = torch.tensor([1, -100, 2, 3, -100])
+    counted = targets != -100
+    hidden = torch.randn(5, 8)
+    hidden[~counted] = value
+    hidden.requires_grad_()
+    loss = chunked_cross_entropy(hidden, head, targets, reduction=reduction, chunk=2)
+    expected = F.cross_entropy(head(hidden[counted]), targets[counted], reduction=reduction)
+    torch.testing.assert_close(loss if reduction == "mean" else loss[counted], expected)
+    inputs = (hidden, *head.parameters())
+    found, wanted = (torch.autograd.grad(x.sum(), inputs) for x in (loss, expected))
+    torch.testing.assert_close(found, wanted)
+    assert not found[0][~counted].any()
+
+
+def test_a_bias_of_minus_infinity_leaves_the_mean_finite() -> None:
+    bias = torch.zeros(11)
+    bias[0] = -torch.inf
+    loss = chunked_cross_entropy(torch.randn(3, 8), torch.randn(11, 8), torch.tensor([1, -100, 2]), bias=bias)
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_what_does_not_count_in_a_distillation_need_not_be_finite(share: float) -> None:
+    student, teacher = torch.randn(4, 8), torch.randn(4, 8)
+    counted = torch.tensor([True, False, True, True])
+    student[1] = torch.nan
+    teacher[1] = torch.inf
+    student.requires_grad_()
+    weight = torch.randn(11, 8, requires_grad=True)
+
+    def loss(*rows: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        if share:
+            return chunked_distillation(rows[0], weight, rows[1], weight.detach(), chunk=2, **keywords)
+        return hidden_state_loss(*rows, **keywords) + 0 * weight.sum()
+
+    pair = [torch.autograd.grad(loss(student, teacher, counted=counted), (student, weight))]
+    pair.append(torch.autograd.grad(loss(student[counted], teacher[counted]), (student, weight)))
+    torch.testing.assert_close(*pair)
+
+
+def test_a_mean_without_gradient_computes_none() -> None:
+    hidden, weight = torch.randn(32, 8), torch.randn(50, 8, requires_grad=True)
+    targets = torch.randint(0, 50, (32,))
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context, FlopCounterMode(display=False) as counter:
+            chunked_cross_entropy(hidden, weight, targets, chunk=8)
+        assert counter.get_total_flops() == 2 * 32 * 8 * 50
+    assert chunked_cross_entropy(hidden, weight, targets).requires_grad
+
+
+def test_losses_have_per_sample_gradients() -> None:
+    weight = torch.randn(50, 8, dtype=torch.float64)
+    hidden, targets = torch.randn(3, 6, 8, dtype=torch.float64), torch.randint(0, 50, (3, 6))
+    targets[:, 2] = -100
+
+    def loss(weight: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return chunked_cross_entropy(hidden, weight, targets, chunk=4)
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, hidden, targets)
+    for sample in range(3):
+        other = weight.clone().requires_grad_()
+        plain = F.cross_entropy(hidden[sample] @ other.T, targets[sample])
+        torch.testing.assert_close(found[sample], torch.autograd.grad(plain, other)[0])
+
+
+def test_a_negative_target_is_never_taken_for_an_id() -> None:
+    targets = torch.tensor([0, -1, 2])
+    with FlopCounterMode(display=False), pytest.raises((InvalidInput, IndexError, RuntimeError)):
+        chunked_cross_entropy(torch.randn(3, 8), torch.randn(5, 8), targets)
+    with pytest.raises((InvalidInput, IndexError, RuntimeError)):
+        torch.func.grad(lambda x: chunked_cross_entropy(x, torch.randn(5, 8), targets))(torch.randn(3, 8))

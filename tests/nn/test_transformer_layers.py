@@ -103,8 +103,7 @@ def test_encoder(training: bool, mode: Callable[[], Any], built: str, calls: lis
     if built == "replaced afterwards":
         ours = replace_attention(copy.deepcopy(theirs))
     else:
-        with pytest.warns(UserWarning, match="use_nested_tensor is False"):
-            ours = nn.TransformerEncoder(replace_attention(layer), 2, norm=copy.deepcopy(theirs.norm)).train(training)
+        ours = nn.TransformerEncoder(replace_attention(layer), 2, norm=copy.deepcopy(theirs.norm)).train(training)
     assert all(type(layer.self_attn) is MultiheadAttention for layer in ours.layers)
     assert ours.load_state_dict(theirs.state_dict())
     x = tokens()
@@ -158,10 +157,22 @@ def test_transformer(training: bool, calls: list[dict[str, Any]]) -> None:
         assert_same_gradients(ours, theirs, found, expected)
 
 
-def test_nested_tensors_are_refused_with_a_remedy() -> None:
+def test_the_nested_tensors_of_an_encoder_are_read(calls: list[dict[str, Any]]) -> None:
     layer = nn.TransformerEncoderLayer(**LAYER, batch_first=True)
-    encoder = nn.TransformerEncoder(layer, 1).eval()
-    replace_attention(encoder.layers[0])  # the encoder itself was not told
-    hidden = torch.arange(LENGTH) >= torch.tensor([[5], [1], [3]])
-    with torch.no_grad(), pytest.raises(InvalidInput, match="enable_nested_tensor=False"):
-        encoder(tokens(), src_key_padding_mask=hidden)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    theirs = copy.deepcopy(encoder)
+    for part in encoder.layers:
+        replace_attention(part)  # the encoder itself was not told
+    x, hidden = tokens(), torch.arange(LENGTH) >= torch.tensor([[5], [1], [3]])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch's, on its nested tensors
+        found, expected = (model(x, src_key_padding_mask=hidden) for model in (encoder, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    assert len(calls) == 2 and (found[hidden] == 0).all()
+
+
+def test_other_nested_tensors_are_refused_with_a_remedy() -> None:
+    attention = replace_attention(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True))
+    x = torch.nested.nested_tensor([torch.randn(2, WIDTH), torch.randn(3, WIDTH)])
+    with pytest.raises(InvalidInput, match="enable_nested_tensor=False"):
+        attention(x, x, x, need_weights=True)
