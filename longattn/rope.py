@@ -200,6 +200,8 @@ class Rope:
         regimes = [1] if self.scaling is None else [self.scaling.regime(length) for length in lengths]
         with torch.inference_mode(False):  # what is kept must serve a later backward, too
             found = {(regime, "cpu"): self._compute(regime) for regime in regimes if regime is not None}
+        if self.scaling is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return found  # a rotation that is made while a graph is traced has no values to read
         for inv_freq, factor in found.values():
             if type(inv_freq) is not Tensor:  # a fake tensor holds no numbers
                 continue

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import longattn
 from helpers import laid_out, random_packed, random_qkv
 from longattn import InvalidInput, Rope, Unsupported, scaling
+from longattn.models import Decoder, Encoder, EncoderDecoder, TransformerConfig
 from test_ops import CALLS
 
 
@@ -119,6 +120,19 @@ def test_modules() -> None:
             for need_weights in (False, True):
                 assert ours(x, x, x, key_padding_mask=mask, need_weights=need_weights)[0].shape == x.shape
     assert x.grad is not None and x.grad.is_meta and layer.sink_logits.grad.is_meta
+
+
+def test_models() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 17, "dim": 32, "layers": 2, "heads": 4, "max_length": 16}
+    with torch.device("meta"):
+        ids = torch.zeros(2, 5, dtype=torch.long)
+        decoder = Decoder(TransformerConfig(**sizes))
+        decoder.loss(ids, ids).backward()
+        encoder = Encoder(TransformerConfig(architecture="encoder", **sizes))
+        both = EncoderDecoder(TransformerConfig(architecture="encoder-decoder", **sizes))
+        results = decoder(ids), encoder(ids), both(ids, ids)
+    assert all(parameter.grad is not None and parameter.grad.is_meta for parameter in decoder.parameters())
+    assert [(x.device.type, x.shape) for x in results] == [("meta", (2, 5, width)) for width in (17, 32, 17)]
 
 
 def test_what_is_refused() -> None:

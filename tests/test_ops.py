@@ -264,6 +264,6 @@ def test_what_is_registered() -> None:
     """One operator per public computation, and no other."""
     defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("longattn::")}
     attention = {"attention", "attention_backward", "attention_double_backward", "attention_jvp"}
-    cache = {"attention_with_cache", "cache_append"}
+    cache = {"attention_with_cache", "cache_append", "take_pages"}
     assert defined == {f"longattn::{name}" for name in (*attention, *cache, "rope")}
     assert {backend.name for backend in registry.BACKENDS} >= {"reference", "cpu"}
