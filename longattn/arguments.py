@@ -604,7 +604,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype of autocast on this type of device, None where autocast is off."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # PyTorch has no autocast on meta, and raises; is_autocast_available breaks graphs in PyTorch 2.9.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

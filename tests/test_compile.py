@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -218,3 +219,76 @@ def test_inductor() -> None:
         grads.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
     for got, expected in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("mask", ["key_padding_mask", "attn_mask", "is_causal"])
+def test_multihead_of_any_length(mask: str, need_weights: bool) -> None:
+    """One graph, as of torch.nn.MultiheadAttention."""
+    module = longattn.nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def attend(x: Tensor, **masks: Any) -> Tensor:
+        if mask == "is_causal":
+            masks = {"is_causal": True}
+        return module(x, x, x, need_weights=need_weights, **masks)[0]
+
+    graph = compiled(attend, dynamic=True)
+    for n in (10, 13, 21):
+        x = torch.randn(2, n, 16)
+        masks = {
+            "key_padding_mask": torch.arange(n) >= torch.tensor([[n], [n - 2]]),
+            "attn_mask": torch.ones(n, n, dtype=torch.bool).triu(1),
+        }
+        chosen = {mask: masks[mask]} if mask in masks else {}
+        torch.testing.assert_close(graph(x, **chosen), attend(x, **chosen))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("read", [lambda longest: longest.item(), lambda longest: longest], ids=["item", "tensor"])
+def test_max_seqlen_out_of_a_tensor(read: Any) -> None:
+    """One graph for all of them, which refuses a wrong one when it runs."""
+    flash = longattn.compat.flash_attn.flash_attn_varlen_func
+
+    def attend(x: Tensor, cu: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        longest = read(lengths.max())
+        ours = longattn.attention_varlen(x, x, x, cu, cu, longest, longest, causal=True)
+        return ours, flash(x, x, x, cu, cu, longest, longest, causal=True)
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        graph = compiled(attend, dynamic=True)
+        for lengths in ([5, 9, 30], [17, 1, 2]):
+            x, cu = torch.randn(sum(lengths), 2, 8), torch.tensor([0, *lengths]).cumsum(0).int()
+            expected = longattn.attention_varlen(x, x, x, cu, cu, max(lengths), max(lengths), causal=True)
+            for found in (*graph(x, cu, torch.tensor(lengths)), *attend(x, cu, torch.tensor(lengths))):
+                assert torch.equal(found, expected)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        with pytest.raises(longattn.InvalidInput, match="max_seqlen_q"):
+            graph(x, cu, torch.tensor([3, 1, 2]))
+
+
+def test_refusals_are_caught_in_a_graph() -> None:
+    q = torch.randn(1, 2, 8, 16)
+
+    def attend(q: Tensor) -> tuple[Tensor, str, Tensor, Tensor]:
+        try:
+            longattn.attention(q, q, q, window=-5)
+        except longattn.InvalidInput as error:
+            argument = error.argument
+        try:
+            longattn.attention(q, q, q, bias=q[:, :, :, :3])
+        except ValueError:
+            first = q + 1
+        with longattn.compat.use(fallback="torch"):
+            second = torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=1.0)
+        return first, argument, second, longattn.attention(q, q, q)
+
+    for dynamic in (False, True):
+        first, argument, second, third = compiled(attend, dynamic=dynamic)(q)
+        assert argument == "window" and torch.equal(first, q + 1) and second.shape == q.shape
+        assert torch.equal(third, longattn.attention(q, q, q))
+
+
+def test_refusals_are_pickled() -> None:
+    for error in (longattn.InvalidInput("q", "a tensor", 3), longattn.CacheFull("cache", "room", 4)):
+        other = pickle.loads(pickle.dumps(error))
+        assert (type(other), str(other), other.argument) == (type(error), str(error), error.argument)

@@ -161,6 +161,7 @@ def test_other_faces() -> None:
 
 @pytest.mark.parametrize("new", [longattn.KVCache, longattn.SlidingKVCache, longattn.PagedKVCache])
 def test_caches(new: Any) -> None:
+    rope = Rope(4)
     own = {"SlidingKVCache": {"window": 4}, "PagedKVCache": {"num_pages": 9, "page_size": 2}}.get(new.__name__, {})
     for generator in rounds():
         batch, kv_heads, group = sizes(generator, 3)
@@ -170,6 +171,6 @@ def test_caches(new: Any) -> None:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             cache = new(batch, kv_heads, 4, v_head_dim=2, dtype=torch.float32, **own)  # noqa: B023
-            return longattn.attention_with_cache(q, k, v, cache, rope=Rope(4), return_lse=True)
+            return longattn.attention_with_cache(q, k, v, cache, rope=rope, return_lse=True)
 
         check(attend, q, k, v)
