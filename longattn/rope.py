@@ -201,7 +201,7 @@ class Rope:
         with torch.inference_mode(False):  # what is kept must serve a later backward, too
             found = {(regime, "cpu"): self._compute(regime) for regime in regimes if regime is not None}
         for inv_freq, factor in found.values():
-            if type(inv_freq) is not Tensor:  # a fake tensor holds no numbers
+            if type(inv_freq) is not Tensor or torch.compiler.is_compiling():  # no numbers while tracing
                 continue
             if not (bool(inv_freq.isfinite().all()) and 0 <= factor <= torch.finfo(torch.float32).max):
                 raise InvalidInput("scaling", "frequencies and a factor that float32 holds", self.scaling)
