@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longattn.evaluation import accuracy
 from longattn.models import MaskedLM, TransformerConfig
+from longattn.models.projection import project
 from longattn.training import (
     Documents,
     MaskedWindows,
@@ -92,7 +93,7 @@ def evaluate(model: MaskedLM, batch: dict[str, Tensor]) -> tuple[tuple[Tensor, T
     """Labels and predictions, of the masked tokens and of the pairs."""
     hidden = model.encoder(batch["tokens"], token_types=batch["token_types"], key_mask=batch["key_mask"])
     counted = batch["targets"] != -100
-    logits = model.transformed(hidden[counted]) @ model.output_weight.T + model.output_bias
+    logits = project(model.transformed(hidden[counted]), model.projection, model.output_bias)
     pairs = model.next_sentence_logits(hidden).argmax(-1)
     return (batch["targets"][counted], logits.argmax(-1)), (batch["is_random"].long(), pairs)
 

@@ -203,7 +203,7 @@ class Rope:
         if self.scaling is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return found  # a rotation that is made while a graph is traced has no values to read
         for inv_freq, factor in found.values():
-            if type(inv_freq) is not Tensor:  # a fake tensor holds no numbers
+            if type(inv_freq) is not Tensor or torch.compiler.is_compiling():  # no numbers while tracing
                 continue
             if not (bool(inv_freq.isfinite().all()) and 0 <= factor <= torch.finfo(torch.float32).max):
                 raise InvalidInput("scaling", "frequencies and a factor that float32 holds", self.scaling)

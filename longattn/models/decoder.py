@@ -23,7 +23,7 @@ from longattn.cache import Cache
 from longattn.errors import InvalidInput
 from longattn.models.config import DECODER, FULL, SLIDING, TransformerConfig
 from longattn.models.losses import chunked_cross_entropy
-from longattn.models.projection import Projection, project, projection_of
+from longattn.models.projection import Projection, project, projection_of, share_head
 from longattn.models.stack import Stack, check_ids, draw_weights
 from longattn.scaling import Scaling
 from longattn.tracing import module_node
@@ -229,5 +229,6 @@ class Decoder(Stack):
             changes |= {"pattern": pattern, "window": window, "sinks": sinks, "window_positions": "original"}
         with torch.device("meta"):
             decoder = Decoder(replace(self.config, **changes))  # type: ignore[arg-type]
+        share_head(self, decoder)
         decoder.load_state_dict(self.state_dict(keep_vars=True), assign=True)
         return decoder.train(self.training)

@@ -28,6 +28,7 @@ from longattn.models.config import SLIDING, TransformerConfig
 from longattn.models.decoder import Decoder
 from longattn.models.encoder import Encoder
 from longattn.models.encoder_decoder import EncoderDecoder
+from longattn.models.projection import share_head
 from longattn.scaling import NTK, DynamicNTK, Linear, Llama3, LongRoPE, Scaling, YaRN
 
 __all__ = ["check_sense", "extend", "extended_config", "with_method"]
@@ -62,6 +63,7 @@ def extend(model: Decoder | Encoder | EncoderDecoder, method: Scaling | Method) 
         for name, table in state.items():
             if name.endswith("position_embedding.weight"):
                 state[name] = nn.Parameter(method.interpolated(table.detach()))
+    share_head(model, extended)
     extended.load_state_dict(state, assign=True)
     return extended.train(model.training)
 

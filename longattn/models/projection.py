@@ -14,7 +14,7 @@ from torch.nn.modules import module as hooks
 
 from longattn.errors import InvalidInput
 
-__all__ = ["Projection", "project", "projection_of", "unfolded"]
+__all__ = ["Projection", "project", "projection_of", "share_head", "unfolded"]
 
 Projection = Tensor | Callable[[Tensor], Tensor]
 
@@ -70,6 +70,13 @@ def unfolded(projection: Projection, bias: Tensor | None) -> tuple[Projection, T
     if isinstance(own, Tensor):
         bias = own if bias is None else own + bias
     return weight, bias
+
+
+def share_head(source: nn.Module, target: nn.Module) -> None:
+    """Give a model over another's weights the other's head itself, where that is more than its weight."""
+    head = getattr(source, "head", None)
+    if isinstance(head, nn.Module) and not isinstance(unfolded(head, None)[0], Tensor):
+        target.head = head
 
 
 def _not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:

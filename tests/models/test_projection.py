@@ -310,3 +310,11 @@ def test_hooks_on_a_tied_embedding_run_where_it_is_called() -> None:
     seen: list[Any] = []
     model.embedding.register_forward_hook(lambda *args: seen.append(args))
     assert torch.equal(model(tokens), expected) and len(seen) == 1
+
+
+@pytest.mark.parametrize("make", [Adapter, hooked, patched])
+def test_an_extended_decoder_keeps_the_head(make: Callable[[nn.Linear], nn.Module]) -> None:
+    model = decoder()
+    model.head = make(model.head).double()
+    tokens = torch.randint(0, 30, (1, 9))
+    assert torch.equal(model.extended(window=32)(tokens), model(tokens))
