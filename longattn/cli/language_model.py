@@ -135,7 +135,10 @@ def trained_length(model: Any) -> int:
     """
     if isinstance(model, Decoder):
         return model.config.max_length
-    return int(model.config.get_text_config().max_position_embeddings)
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise InvalidInput("MODEL", "one whose config says max_position_embeddings", length)
+    return length
 
 
 def _of_transformers(path: Path, gguf: str | None, dtype: torch.dtype, device: str, keep: bool) -> LanguageModel:
