@@ -7,7 +7,8 @@ them, and the library picks among the sets at run time. With ninja only what cha
 is compiled, a few files at a time.
 
 Where the kernels cannot be built the package installs all the same and runs on the reference backend;
-longattn/_build.json then says why, with what was wrong with each compiler (longattn/_build_info.py reads it). The environment may set
+longattn/_build.json then says why, with what was wrong with each compiler (longattn/_build_info.py reads it). The
+environment may set
 
     CXX, CXXFLAGS, LDFLAGS        as for any C++ project
     LONGATTN_REQUIRE_NATIVE=1     fail instead of installing without the kernels

@@ -92,7 +92,7 @@ def test_folders_of_hugging_face(tmp_path: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=30, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=30, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, eos_token_id=1
     )
     model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
