@@ -93,6 +93,14 @@ def rotate(x: Tensor, inv_freq: Tensor, positions: Tensor, factor: float, interl
     return torch.cat((turned.to(x.dtype), x[..., width:]), -1)
 
 
+def running_max(x: Tensor) -> Tensor:
+    """The largest int so far along the last dimension. ONNX has no cummax, and looks at all pairs."""
+    if not exporting():
+        return x.cummax(-1).values
+    index = torch.arange(x.shape[-1], device=x.device)
+    return x[..., None, :].masked_fill(index > index[:, None], torch.iinfo(x.dtype).min).amax(-1)
+
+
 def _is_their_causal(tensors: Tensors, problem: Problem) -> bool:
     """Whether the mask is ONNX's is_causal: query i sees keys 0..i, and every query a key."""
     mask = problem.mask

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from longattn.errors import Unsupported
 from longattn.integrations.huggingface.visibility import Visibility
+from longattn.onnx_export import running_max
 from longattn.redirection import on_shards
 
 __all__ = ["MASKS_WITHOUT_POSITIONS", "packed_bounds"]
@@ -65,7 +66,7 @@ def packed_bounds(
             raise Unsupported("position_ids that do not grow by one", {"every backend": [reason]})
         return None
     index = torch.arange(nq, device=position_ids.device)
-    lo = torch.where(starts, index, 0).cummax(dim=-1).values.to(torch.int32)
+    lo = running_max(torch.where(starts, index, 0)).to(torch.int32)
     lo = lo[0] if lo.shape[0] == 1 else lo
     bounds = lo, torch.full_like(lo, nk)  # the mask is causal: what comes later is hidden by it
     if not torch.compiler.is_dynamo_compiling():

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from longattn.errors import InvalidInput, Unsupported
 from longattn.mask import Mask
+from longattn.onnx_export import running_max
 from longattn.redirection import on_shards, token_places
 
 MaskFunction = Callable[..., Any]
@@ -424,9 +425,9 @@ def _read_sequences(queries: Tensor, packed_sequence_mask: Tensor) -> _Terms | N
     if _at_hand(ids) and not starts[:, 1:].any():
         return _Terms()
     index = torch.arange(ids.shape[1], device=ids.device)
-    lo = torch.where(starts, index, 0).cummax(dim=-1).values
+    lo = running_max(torch.where(starts, index, 0))
     last = F.pad(starts[:, 1:], (0, 1), value=True)
-    hi = torch.where(last, index + 1, ids.shape[1]).flip(-1).cummin(dim=-1).values.flip(-1)
+    hi = -running_max(-torch.where(last, index + 1, ids.shape[1]).flip(-1)).flip(-1)
     return _Terms(lo=lo, hi=hi, start=lo)
 
 
