@@ -13,10 +13,14 @@ from longattn.rope import turn_pairs
 _UNTRANSLATED = ("alibi_slopes", "sink_logits", "dropout", "varlen")
 
 
-@torch.compiler.assume_constant_result  # or Dynamo, by which the exporter tries again, would say False
 def exporting() -> bool:
-    """Whether torch.onnx.export traces this call."""
+    """Return whether torch.onnx.export traces this call."""
     return torch.onnx.is_in_onnx_export()
+
+
+# Dynamo, by which the exporter tries again, would say False. This is torch.compiler.assume_constant_result, which
+# would import Dynamo here.
+exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attention(tensors: Tensors, problem: Problem) -> tuple[Tensor, Tensor]:
