@@ -9,6 +9,7 @@ query; a mask that no interval can say is an error. No [Nq, Nk] tensor outlives 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, reduce
@@ -181,6 +182,7 @@ def hides_nothing(mask: Visibility) -> bool:
 
 def dense(mask: Visibility) -> Tensor:
     """Return the mask's entries, bool, True = visible: [B, 1, Nq, Nk], or [rows, Nq, Nk] if it has three dimensions."""
+    _say_dense(mask.family)
     nq, nk = mask.shape[-2:]
     query, key = torch.arange(nq, device=mask.device)[None, :, None], torch.arange(nk, device=mask.device)
     shift = nk - nq if mask.offset is None else mask.offset.long()[:, None, None]
@@ -192,6 +194,16 @@ def dense(mask: Visibility) -> Tensor:
         visible = visible & mask.key_mask[:, None]
     visible = visible.expand(mask.shape[0], nq, nk)
     return visible if mask.dim() == 3 else visible[:, None]
+
+
+@cache
+def _say_dense(family: str | None) -> None:
+    """Warn, once for each family, that memory grows with the square of the length."""
+    warnings.warn(
+        f"{family or 'the model'} computes with the entries of its attention mask: the mask, and what the model "
+        "computes with it, are dense [Nq, Nk] tensors that longattn's attention would not make",
+        stacklevel=2,
+    )
 
 
 def _reshaped(mask: Visibility, function: Any, sizes: list[int]) -> Visibility | None:
