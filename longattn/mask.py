@@ -118,8 +118,8 @@ class Mask:
         key_mask: Tensor | None = None,
         key_lens: Tensor | None = None,
         bounds: tuple[Tensor, Tensor] | None = None,
-        rows: slice | Tensor = slice(None),
-        keys: slice = slice(None),
+        rows: slice | Tensor | None = None,
+        keys: slice | None = None,
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """The mask as a bool tensor, True = visible: [1 or B, Lq, Lk], or a part of it. The slow oracle.
@@ -129,8 +129,10 @@ class Mask:
             key_mask: bool [B, Lk], True = visible.
             key_lens: int [B], keys at or past it are hidden; it takes the place of Lk in the alignment.
             bounds: (lo, hi), int [Lq] or [B, Lq]: a query sees keys of [lo, hi) only.
-            rows: the queries wanted, a slice or their indices; keys: the keys wanted.
+            rows: the queries wanted, a slice or their indices; keys: the keys wanted. None: all.
         """
+        rows = slice(None) if rows is None else rows
+        keys = slice(None) if keys is None else keys
         j = torch.arange(*_indices(keys, lk), device=device)
         lens = torch.tensor([lk], device=device) if key_lens is None else key_lens.to(torch.int64)
         shift = torch.tensor([self.offset], device=device) if offset is None else offset.to(torch.int64)

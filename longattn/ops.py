@@ -207,6 +207,15 @@ class PagePool(Protocol):
         counts: Sequence[int],
     ) -> None: ...
 
+    def check_pages(
+        self,
+        table: Tensor,
+        storage: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        counts: Sequence[int],
+    ) -> None: ...
+
 
 _pools: WeakValueDictionary[int, PagePool] = WeakValueDictionary()
 _pool_numbers = itertools.count()
@@ -430,7 +439,11 @@ def _cache_append_fake(*_: Any) -> None:
 
 def _take_pages_impl(name: Tensor, table: Tensor, *args: Any) -> None:
     *storage, rows, lengths, counts = args
-    _pools[int(name)].take_pages(table, tuple(storage), rows, lengths, counts)
+    pool = _pools.get(int(name)) if name.numel() == 1 and not name.is_meta else None
+    if pool is None:
+        raise InvalidInput("name", "the stand-in of a cache that still exists", name)
+    pool.check_pages(table, tuple(storage), rows, lengths, counts)
+    pool.take_pages(table, tuple(storage), rows, lengths, counts)
 
 
 def _take_pages_fake(*_: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from longattn import ops
 from longattn.cache.base import Cache, Room, check_int
 from longattn.cache.storage import Storage
-from longattn.errors import CacheFull
+from longattn.errors import CacheFull, InvalidInput
 from longattn.problem import Slots
 
 _ENTRIES = 1 << 18  # of the table from the start, where a sequence may take more pages; each growth is one more graph
@@ -110,6 +110,32 @@ class PagedKVCache(Cache):
         except BaseException:
             self._undo(changes, table)
             raise
+
+    def check_pages(
+        self,
+        table: Tensor,
+        storage: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        counts: Sequence[int],
+    ) -> None:
+        """Check what the operator of `take_pages` gets, which anyone may call.
+
+        Raises:
+            InvalidInput: other tensors than the cache's, or numbers that are not those of its sequences.
+        """
+        if table.shape != self._table.shape or table.dtype != self._table.dtype:
+            raise InvalidInput("table", f"the table of the cache, {list(self._table.shape)}", f"{list(table.shape)}")
+        for own, given in zip(self._storage, storage, strict=True):
+            if (own is None) != (given is None) or (own is not None and own.shape != given.shape):  # type: ignore[union-attr]
+                raise InvalidInput("storage", "the storage of the cache", "tensors of other shapes")
+        if not len(rows) == len(lengths) == len(counts):
+            raise InvalidInput("rows", "as many as lengths and counts", f"{len(rows)}")
+        room = self._table.shape[1] * self.page_size
+        for row, length, count in zip(rows, lengths, counts, strict=True):
+            if not 0 <= row < self._table.shape[0] or length < 0 or count < 0 or length + count > room:
+                got = f"{count} after {length} in sequence {row}"
+                raise InvalidInput("counts", f"tokens for which the table has room ({room} a sequence)", got)
 
     def _give_back(self) -> None:
         self._undo(self._changes, self._table)

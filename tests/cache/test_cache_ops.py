@@ -103,7 +103,8 @@ def test_few_graphs(kind: str, dynamic: bool | None) -> None:
         expected = attention_with_cache(q, k, v, eager, **keywords)
         torch.testing.assert_close(step(q, k, v, compiled), expected)
     assert compiled.lengths == eager.lengths
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    growths = 2 if "grows" in kind else 0  # a table of this many sequences doubles past 4 and past 8 pages
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3 + growths
     if isinstance(eager, PagedKVCache):
         assert (compiled._pages, compiled._free) == (eager._pages, eager._free)
     torch._dynamo.reset()
@@ -113,7 +114,7 @@ def test_pages_in_a_graph() -> None:
     """Forked pages are copied before they are written, a full pool is refused, a copied cache has its own pages."""
     torch._dynamo.reset()
     step = torch.compile(attention_with_cache, backend="aot_eager", fullgraph=True, dynamic=True)
-    caches = [PagedKVCache(2, 1, 4, num_pages=5, page_size=2) for _ in range(2)]
+    caches = [PagedKVCache(2, 1, 4, num_pages=6, page_size=2) for _ in range(2)]
     for cache, call in zip(caches, (attention_with_cache, step), strict=True):
         torch.manual_seed(0)
         x = torch.randn(1, 1, 3, 4)

@@ -79,6 +79,6 @@ def _lengths(
     if position_ids is not None and position_ids.shape[-1] == new:
         return int(position_ids[..., 0].max()), int(position_ids.max()) + 1
     offset = call.get("align", "end")
-    first = offset if isinstance(offset, Tensor) else torch.tensor([keys - new])
+    first = offset if isinstance(offset, Tensor) else torch.tensor([keys - new], device="cpu")
     before = int((first if start is None else first.to(start) - start[:, 0]).max())
     return before, before + new

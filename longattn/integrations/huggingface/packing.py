@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from longattn.errors import Unsupported
 from longattn.integrations.huggingface.visibility import Visibility
 from longattn.onnx_export import running_max
-from longattn.redirection import on_shards
+from longattn.redirection import on_shards, token_places
 
 __all__ = ["MASKS_WITHOUT_POSITIONS", "packed_bounds"]
 
@@ -59,7 +59,8 @@ def packed_bounds(
     known = None if torch.compiler.is_dynamo_compiling() else mask.packed
     if known is not None and known[0] is position_ids:
         return known[1]
-    starts = F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=True)
+    grown = token_places(nq, position_ids.device).diff()  # 1; where a shard has two parts of a sequence, more
+    starts = F.pad(position_ids.diff(dim=-1) != grown, (1, 0), value=True)
     if on_shards():
         if starts[:, 1:].any():
             reason = "packed documents do not run on shards of a sequence; without any, give an attention_mask"

@@ -266,7 +266,7 @@ def visibility(
         config: of the model.
 
     Raises:
-        InvalidInput: an attention_mask that has neither 2 nor 4 dimensions.
+        InvalidInput: an attention_mask that has neither 2 nor 4 dimensions; a sliding_window below 1.
         Unsupported: some query's keys are no interval; a mask function of the user's own in an exported program.
     """
     from transformers import masking_utils
@@ -409,12 +409,19 @@ def _read_intersection(queries: Tensor, mask_functions: tuple[MaskFunction, ...]
 
 def _read_sliding_window(queries: Tensor, sliding_window: int) -> _Terms:
     """k > q - W: the W newest keys."""
+    _check_window(sliding_window)
     return _Terms(left=sliding_window - 1)
 
 
 def _read_bidirectional_window(queries: Tensor, sliding_window: int) -> _Terms:
     """|q - k| <= W: both ends included."""
+    _check_window(sliding_window)
     return _Terms(left=sliding_window, right=sliding_window)
+
+
+def _check_window(sliding_window: int) -> None:
+    if sliding_window < 1:
+        raise InvalidInput("sliding_window", "an int >= 1 in the config of a model with sliding layers", sliding_window)
 
 
 def _read_chunks(queries: Tensor, chunk_size: int, left_padding: Tensor) -> _Terms:

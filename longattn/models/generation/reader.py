@@ -33,7 +33,7 @@ def placement(model: Model) -> tuple[torch.dtype, torch.device]:
     weight = getattr(embedding, "weight", None)
     if isinstance(weight, Tensor) and not weight.is_meta:
         return weight.dtype, weight.device
-    embedded = embedding(torch.zeros(1, 1, dtype=torch.int64))
+    embedded = embedding(torch.zeros(1, 1, dtype=torch.int64, device="cpu"))
     return embedded.dtype, embedded.device
 
 
