@@ -33,8 +33,8 @@ test: $(VENV)/test.stamp $(VENV)/package.stamp build ## run the tests
 
 # What the machinery of PyTorch and transformers does with a call, on the oldest versions that the package supports.
 MINIMUM := .venv-minimum
-MINIMUM_TESTS := tests/test_attention.py tests/test_compile.py tests/test_default_device.py tests/test_export.py \
-  tests/test_fakes.py tests/test_ops.py tests/test_transforms.py tests/cache tests/compat tests/nn
+MINIMUM_TESTS := tests/test_compile.py tests/test_default_device.py tests/test_export.py tests/test_fakes.py tests/nn \
+  tests/integrations/test_huggingface_masks.py tests/integrations/test_huggingface_packing.py
 test-minimum: $(MINIMUM)/minimum.stamp build ## run tests on the oldest versions that the package supports
 	OMP_NUM_THREADS=1 $(MINIMUM)/bin/python -m pytest $(MINIMUM_TESTS) -q -rs --numprocesses auto --maxprocesses 4 \
 	  --dist worksteal

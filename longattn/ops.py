@@ -439,9 +439,11 @@ def _cache_append_fake(*_: Any) -> None:
 
 def _take_pages_impl(name: Tensor, table: Tensor, *args: Any) -> None:
     *storage, rows, lengths, counts = args
-    pool = _pools.get(int(name)) if name.numel() == 1 and not name.is_meta else None
+    pool = _pools.get(int(name)) if isinstance(name, Tensor) and name.numel() == 1 and not name.is_meta else None
     if pool is None:
         raise InvalidInput("name", "the stand-in of a cache that still exists", name)
+    if not isinstance(table, Tensor):
+        raise InvalidInput("table", "a tensor", table)
     pool.check_pages(table, tuple(storage), rows, lengths, counts)
     pool.take_pages(table, tuple(storage), rows, lengths, counts)
 

@@ -123,6 +123,7 @@ class PagedKVCache(Cache):
 
         Raises:
             InvalidInput: other tensors than the cache's, or numbers that are not those of its sequences.
+            CacheFull: more tokens than the table has room for.
         """
         if table.shape != self._table.shape or table.dtype != self._table.dtype:
             raise InvalidInput("table", f"the table of the cache, {list(self._table.shape)}", f"{list(table.shape)}")
@@ -133,9 +134,11 @@ class PagedKVCache(Cache):
             raise InvalidInput("rows", "as many as lengths and counts", f"{len(rows)}")
         room = self._table.shape[1] * self.page_size
         for row, length, count in zip(rows, lengths, counts, strict=True):
-            if not 0 <= row < self._table.shape[0] or length < 0 or count < 0 or length + count > room:
-                got = f"{count} after {length} in sequence {row}"
-                raise InvalidInput("counts", f"tokens for which the table has room ({room} a sequence)", got)
+            got = f"{count} after {length} in sequence {row}"
+            if not 0 <= row < self._table.shape[0] or length < 0 or count < 0:
+                raise InvalidInput("counts", "tokens of the cache's sequences", got)
+            if length + count > room:
+                raise CacheFull("cache", f"at most {room} tokens a sequence", got)
 
     def _give_back(self) -> None:
         self._undo(self._changes, self._table)

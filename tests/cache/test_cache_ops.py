@@ -77,10 +77,6 @@ GRAPHS: dict[str, Any] = {
     "contiguous": (lambda: KVCache(2, 2, 8, capacity=128), {}),
     "ring": (lambda: SlidingKVCache(2, 2, 8, window=4, sinks=1), {"window": 4, "sinks": 1}),
     "paged": (lambda: PagedKVCache(2, 2, 8, num_pages=40, page_size=2), {}),
-    "paged, a table that grows": (
-        lambda: PagedKVCache(1 << 16, 1, 2, num_pages=40, page_size=1),
-        {"sequences": [5, 3]},
-    ),
 }
 
 
@@ -103,8 +99,7 @@ def test_few_graphs(kind: str, dynamic: bool | None) -> None:
         expected = attention_with_cache(q, k, v, eager, **keywords)
         torch.testing.assert_close(step(q, k, v, compiled), expected)
     assert compiled.lengths == eager.lengths
-    growths = 2 if "grows" in kind else 0  # a table of this many sequences doubles past 4 and past 8 pages
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3 + growths
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
     if isinstance(eager, PagedKVCache):
         assert (compiled._pages, compiled._free) == (eager._pages, eager._free)
     torch._dynamo.reset()

@@ -69,7 +69,12 @@ def test_compiled_and_exported() -> None:
     model.set_attn_implementation("longattn")
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
+        version = tuple(map(int, hf.__version__.split(".")[:2]))
         close(compiled(input_ids=IDS, position_ids=PACKED, use_cache=False).logits, expected)
+        if version < (5, 23):
+            pytest.skip(
+                "OPT made a mask of its own before transformers 5.23, and a graph cannot see that it hides nothing"
+            )
         given = {"input_ids": IDS, "position_ids": PACKED, "use_cache": False}
         program = torch.export.export(model, (), given).module()
         close(program(**given).logits, expected)
