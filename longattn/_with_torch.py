@@ -51,6 +51,6 @@ class _Loader(SourceFileLoader):
 
 
 def _is_half_imported() -> bool:
-    """Whether a module of longattn is what imports torch, so that others could not import names from it yet."""
+    """Return whether a module of longattn is what imports torch, so that others could not import names from it yet."""
     ours = [module for name, module in list(sys.modules.items()) if name.startswith("longattn.")]
     return any(getattr(module.__spec__, "_initializing", False) for module in ours)

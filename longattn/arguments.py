@@ -670,7 +670,7 @@ def _bias(bias: Tensor | None, shape: tuple[int, ...], device: torch.device) -> 
 
 
 def broadcasts(x: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether x is a strided tensor that broadcasts to `shape`."""
+    """Return whether x is a strided tensor that broadcasts to `shape`."""
     if not _is_strided(x) or x.dim() > len(shape):
         return False
     own = shape[len(shape) - x.dim() :]
@@ -714,7 +714,7 @@ def longest(name: str, value: int | Tensor) -> int:
 
 
 def within(value: int, low: int, high: int) -> bool:
-    """Whether low <= value <= high. A number that a graph reads from a tensor is checked when the graph runs."""
+    """Return whether low <= value <= high. A number that a graph reads from a tensor is checked when the graph runs."""
     if not torch.compiler.is_compiling() and not any(isinstance(x, torch.SymInt) for x in (value, low, high)):
         return low <= value <= high
     from torch.fx.experimental.symbolic_shapes import guard_or_true

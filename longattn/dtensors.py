@@ -191,7 +191,7 @@ def _axes(name: str, x: Tensor, ranks: int) -> tuple[int | None, int | None]:
 
 
 def _is_shard(placement: Placement, *dims: int) -> bool:
-    """Whether it is Shard along one of these dimensions, and not one of its relatives that interleave."""
+    """Return whether it is Shard along one of these dimensions, and not one of its relatives that interleave."""
     from torch.distributed.tensor import Shard
 
     return type(placement) is Shard and placement.dim in dims

@@ -1,4 +1,4 @@
-"""What goes wrong at the public boundary: bad arguments, and calls that no backend can run.
+"""Errors at the public boundary: bad arguments, and calls that no backend can run.
 
 Exceptions keep their arguments (`BaseException.__new__` does) and become text when they are shown: torch.compile traces
 their constructors, which call no method of a built-in class for that reason.

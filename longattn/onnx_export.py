@@ -106,7 +106,7 @@ def running_max(x: Tensor) -> Tensor:
 
 
 def _is_their_causal(tensors: Tensors, problem: Problem) -> bool:
-    """Whether the mask is ONNX's is_causal: query i sees keys 0..i, and every query a key."""
+    """Return whether the mask is ONNX's is_causal: query i sees keys 0..i, and every query a key."""
     mask = problem.mask
     terms = (tensors.key_mask, tensors.key_lens, tensors.lo, tensors.offset, tensors.bias)
     if mask.right != 0 or mask.left is not None or mask.offset != 0 or any(term is not None for term in terms):

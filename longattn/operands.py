@@ -1,4 +1,4 @@
-"""What an operator checks of its operands: a call of `torch.ops.longattn` comes without the checks of `arguments`.
+"""Checks of an operator's operands: a call of `torch.ops.longattn` comes without the checks of `arguments`.
 
 Calls that do come from there pass all of this. Metadata is looked at, and where the storage lies; no contents.
 """

@@ -196,7 +196,7 @@ def attention_with_cache(tensors: CacheTensors, slots: Slots, problem: Problem, 
 
 
 class PagePool(Protocol):
-    """Who gives pages to the sequences of a cache. No graph holds it, as its lists change from call to call."""
+    """A pool that gives pages to the sequences of a cache. No graph holds it, as its lists change from call to call."""
 
     def take_pages(
         self,

@@ -184,7 +184,7 @@ def read_examples(task: str, path: Path) -> list[dict[str, Any]]:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a field of an example has a value of its kind that is not empty."""
+    """Return whether a field of an example has a value of its kind that is not empty."""
     return isinstance(value, kind) and not isinstance(value, bool) and value not in ("", [])
 
 

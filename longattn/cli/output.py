@@ -144,7 +144,7 @@ def message(error: BaseException) -> str:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """Whether torch could not allocate: on a CPU that is a RuntimeError like any other."""
+    """Return whether torch could not allocate: on a CPU that is a RuntimeError like any other."""
     named = type(error).__name__ == "OutOfMemoryError"
     return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 

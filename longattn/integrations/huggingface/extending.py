@@ -151,7 +151,7 @@ def _list(model: nn.Module, config: Any, method: Method) -> None:
 
 
 def _turns(method: Method) -> bool:
-    """Whether layers rotate vectors again under a method, because they want them at other positions."""
+    """Return whether layers rotate vectors again under a method, because they want them at other positions."""
     return isinstance(method, (Remapping, StreamingLLM)) or "N" in getattr(method, "pattern", "")
 
 

@@ -76,6 +76,6 @@ def packed_bounds(
 
 
 def _may_be_missing(module: nn.Module) -> bool:
-    """Whether the mask of this layer may have been made without position_ids."""
+    """Return whether the mask of this layer may have been made without position_ids."""
     code = type(module).__module__
     return not code.startswith(_LIBRARY) or code[len(_LIBRARY) :].split(".")[0] in MASKS_WITHOUT_POSITIONS

@@ -1,4 +1,4 @@
-"""What a saved config says of the attention that it needs."""
+"""The entry of a saved config that names the attention it needs."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def keywords(mask: Visibility) -> dict[str, Any]:
 
 
 def hides_nothing(mask: Visibility) -> bool:
-    """Whether every query sees every key, however many there are of each."""
+    """Return whether every query sees every key, however many there are of each."""
     return mask.left is None and mask.right is None and mask.lo is None and mask.key_mask is None
 
 

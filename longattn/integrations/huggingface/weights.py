@@ -61,7 +61,7 @@ def to_ours(names: Names, theirs: Mapping[str, Tensor], shapes: Mapping[str, tor
 
 
 def is_finite(weight: Tensor) -> bool:
-    """Whether all numbers of a floating tensor are finite, without a tensor of as many flags."""
+    """Return whether all numbers of a floating tensor are finite, without a tensor of as many flags."""
     if weight.dtype not in _DTYPES or not weight.numel() or weight.is_meta:
         return True
     return bool(torch.stack(weight.detach().aminmax()).isfinite().all())
